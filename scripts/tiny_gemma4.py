@@ -228,8 +228,9 @@ def _fill(model: Any, seed: int) -> None:
 
         leaf = name.rsplit(".", 1)[-1]
         if leaf in ("input_min", "input_max", "output_min", "output_max"):
-            # About one value in ten is clipped; what attention averages is smaller.
-            value = uniform(1.0, 2.0) * (0.2 if ".o_proj." in name else 1.0)
+            # About one value in ten is clipped: some layers see smaller ones.
+            narrow = {"o_proj": 0.2, "down_proj": 0.5}.get(name.split(".")[-2], 1.0)
+            value = uniform(1.0, 2.0) * narrow
             value = -value if leaf.endswith("min") else value
         elif leaf == "layer_scalar":
             value = uniform(0.8, 1.1)
