@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help tools apply build python demo test export lint clean
+
+PYTHON3 ?= python3
+export RELEASE VLLM PYTHON DEVICE CONTINUE ARGS STAGE
+
+RUN := build/tools/bin/python -m scripts
+
+help: ## list the targets
+	@echo 'make TARGET [VARIABLE=value ...]'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+	@echo 'VLLM=path      work on that clone of vLLM, not on build/vllm'
+	@echo 'RELEASE=tag    another release that pins.toml names'
+	@echo 'PYTHON=path    an interpreter that has this vLLM release already'
+	@echo 'DEVICE=cpu     the CPU runtime even where there is an NVIDIA GPU (or cuda)'
+	@echo 'CONTINUE=1     apply: stop at a patch that does not apply, for git am --continue'
+	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
+
+tools:
+	@command -v $(PYTHON3) >/dev/null || { echo 'error: no $(PYTHON3): install Python 3.11 or newer' >&2; exit 1; }
+	@command -v git >/dev/null || { echo 'error: no git: install it' >&2; exit 1; }
+	@$(PYTHON3) scripts/bootstrap.py
+
+apply: tools ## make a vLLM checkout in build/vllm with one commit a patch
+	@$(RUN).apply
+
+build: tools ## make the environment that runs the checkout
+	@$(RUN).build
+
+python: tools ## print the path of an interpreter that imports the checkout
+	@$(RUN).build --print
+
+demo: tools ## run tiny Gemma4 checkpoints with text, images and video through it
+	@$(RUN).apply
+	@python=$$($(RUN).build --print) && PYTHONPATH=. "$$python" -m scripts.demo
+
+test: tools ## run all tests: this project's, the patches' and their neighbours
+	@$(RUN).test
+
+export: tools ## write the checkout's commits to patches/
+	@$(RUN).export
+
+lint: tools ## check scripts/, tests/ and patches/ as vLLM would
+	@$(RUN).lint
+
+clean: ## remove build/ but for the downloads
+	@find build -mindepth 1 -maxdepth 1 ! -name cache -exec rm -rf {} + 2>/dev/null || true

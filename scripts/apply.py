@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make apply`: the series as commits on a branch of a vLLM checkout."""
+
+import hashlib
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+from scripts import console, fetch, git, pins, series
+from scripts.console import BUILD, Failure, say, show
+from scripts.git import Clone, GitError
+from scripts.pins import Release
+
+OWN = BUILD / "vllm"
+EPOCH = "1767225600 +0000"
+
+
+def open_clone(release: Release) -> tuple[Clone, str]:
+    """Return the checkout to work on and the commit of the release in it.
+
+    Args:
+        release: which release.
+
+    Returns:
+        The clone that `VLLM=` names, else the project's own, which is made if it
+        is not there.
+
+    Raises:
+        Failure: there is none, or it has not the release.
+    """
+    if given := console.option("VLLM"):
+        clone = git.find(Path(given))
+        for name in (f"refs/tags/{release.tag}", release.commit):
+            base = clone.resolve(name)
+            if base.startswith(release.commit):
+                return clone, base
+        tag = clone.resolve(f"refs/tags/{release.tag}")
+        if tag:
+            raise Failure(
+                f"{release.tag} in {clone.path} is {tag[:9]}, not vLLM's "
+                f"{release.commit}",
+                "get vLLM's own tag with `git fetch --force UPSTREAM tag "
+                f"{release.tag}`",
+            )
+        raise Failure(
+            f"{clone.path} has no vLLM {release.tag} (commit {release.commit})",
+            f"get it there with `git fetch UPSTREAM tag {release.tag}`",
+        )
+    return _own(release)
+
+
+def _own(release: Release) -> tuple[Clone, str]:
+    ref = f"refs/tags/{release.tag}"
+    if (OWN / ".git").is_dir():
+        clone = Clone(OWN)
+        base = clone.resolve(ref)
+        if not base:
+            _import(clone, release)
+            base = clone.resolve(ref)
+    else:
+        if OWN.exists():
+            raise Failure(f"{show(OWN)} is no git checkout", "move it away")
+        fetch.need_space(BUILD, 6 * release.sdist.size)
+        with console.scratch() as folder:
+            made = folder / "vllm"
+            made.mkdir()
+            # Neither templates nor the person's settings may reach this one.
+            subprocess.run(
+                ["git", "init", "-q", "--template=", "--object-format=sha1", made],
+                check=True,
+                env=git.environment(GIT_CONFIG_GLOBAL=os.devnull),
+            )
+            clone = Clone(made)
+            for name, value in {
+                "core.autocrlf": "false",
+                "core.eol": "lf",
+                "core.fileMode": "true",
+                "core.logAllRefUpdates": "true",
+                "advice.detachedHead": "false",
+            }.items():
+                clone("config", name, value)
+            _import(clone, release)
+            clone("checkout", "-q", "--detach", ref)
+            made.rename(OWN)
+        clone = Clone(OWN)
+        base = clone.resolve(ref)
+    if release.base and base != release.base:
+        raise Failure(
+            f"{release.tag} in {show(OWN)} is {base[:9]}, not the pinned "
+            f"{release.base[:9]}",
+            f"save your work and remove {show(OWN)}",
+        )
+    return clone, base
+
+
+def _import(clone: Clone, release: Release) -> None:
+    """Make the commit and tag of a release from its sdist.
+
+    git reads the archive as a stream, so that no file system, mask or setting
+    has a say in the commit's hash.
+    """
+    path = fetch.fetch(release.sdist)
+    say(f"making the base commit of {release.tag} from {path.name}")
+    stem = f"{release.sdist.project}-{release.version}/"
+    skip = tuple(stem + name for name in release.generated)
+    message = f"vLLM {release.tag}\n\nFrom {path.name}\nsha256 {release.sdist.sha256}\n"
+    with subprocess.Popen(
+        ["git", "-C", clone.path, "fast-import", "--quiet", "--done"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=git.environment(),
+    ) as importer:
+        out = importer.stdin
+        assert out is not None
+        out.write(
+            f"feature done\ncommit refs/tags/{release.tag}\n"
+            f"author {git.NAME} <{git.EMAIL}> {EPOCH}\n"
+            f"committer {git.NAME} <{git.EMAIL}> {EPOCH}\n"
+            f"data {len(message.encode())}\n{message}\ndeleteall\n".encode()
+        )
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if not member.isfile() or not member.name.startswith(stem):
+                    continue
+                if member.name in skip or member.name.startswith(
+                    tuple(name + "/" for name in skip)
+                ):
+                    continue
+                mode = "755" if member.mode & 0o100 else "644"
+                name = member.name.removeprefix(stem)
+                body = archive.extractfile(member)
+                assert body is not None
+                out.write(f"M {mode} inline {name}\ndata {member.size}\n".encode())
+                out.write(body.read() + b"\n")
+        out.write(b"done\n")
+        out.close()
+        assert importer.stderr is not None
+        said = importer.stderr.read().decode(errors="replace")
+    if importer.returncode:
+        raise Failure(
+            f"git could not make the base commit ({said.strip()[:200]})",
+            "free space if there is none, and run this again",
+        )
+
+
+def refuse_unready(clone: Clone) -> None:
+    """Refuse a checkout that a person is in the middle of changing.
+
+    Raises:
+        Failure: a rebase or the like is under way, or files are changed.
+    """
+    if what := clone.under_way():
+        raise Failure(
+            f"a {what} is under way in {show(clone.path)}",
+            "end it with --continue or --abort",
+        )
+    if dirty := clone.dirty():
+        more = f" and {len(dirty) - 1} more" if dirty[1:] else ""
+        raise Failure(
+            f"{show(clone.path)} has uncommitted changes in {dirty[0]}{more}",
+            "commit or stash them",
+        )
+
+
+def contents(clone: Clone, base: str, tip: str) -> list[series.Content] | None:
+    """Return what the commits from base to tip say, None if they are no line."""
+    parents = clone("rev-list", "--reverse", "--topo-order", "--parents", f"{base}..{tip}")
+    rows = [row.split() for row in parents.splitlines()]
+    before = base
+    for row in rows:
+        if row[1:] != [before]:
+            return None
+        before = row[0]
+    if before != tip:
+        return None
+    return [
+        series.content(clone("cat-file", "commit", row[0]).encode(errors="surrogateescape"))
+        for row in rows
+    ]
+
+
+def applied_ref(release: Release) -> str:
+    """Return the ref that remembers the branch's tip as patches/ has it."""
+    return f"refs/gemma4/applied/{release.tag}"
+
+
+def _marker(clone: Clone) -> Path:
+    return clone.dir / "gemma4-switch"
+
+
+def _recover(clone: Clone) -> None:
+    """Mend a switch of the working tree that was killed half-way.
+
+    Only files that hold what the switch took away or was writing are put back.
+    """
+    marker = _marker(clone)
+    if not marker.exists():
+        return
+    text = marker.read_text().split()
+    if len(text) != 2:
+        marker.unlink()
+        return
+    before, after = text
+    say("an earlier run was killed while it changed files: putting them back")
+    (clone.dir / "index.lock").unlink(missing_ok=True)
+    (clone.dir / "HEAD.lock").unlink(missing_ok=True)
+    old, new = (_blobs(clone, commit) for commit in (before, after))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name):
+            continue
+        path = clone.path / name
+        if not path.is_file() or path.is_symlink():
+            continue
+        data = path.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if blob in (old.get(name), new.get(name)):
+            continue
+        half = new.get(name)
+        if half and _blob(clone, half).startswith(data):
+            continue
+        raise Failure(
+            f"{name} in {show(clone.path)} was changed after an interrupted apply",
+            f"move it away, then remove {marker}",
+        )
+    # HEAD moves last, so what it names is what the files must be.
+    head = _blobs(clone, clone.resolve("HEAD"))
+    touched = [n for n in old.keys() | new.keys() if old.get(n) != new.get(n)]
+    clone("read-tree", "--reset", "HEAD")
+    for name in touched:
+        (clone.path / name).unlink(missing_ok=True)
+    back = b"".join(os.fsencode(name) + b"\0" for name in touched if name in head)
+    clone("checkout-index", "-f", "-q", "-u", "-z", "--stdin", data=back)
+    marker.unlink()
+
+
+def _blob(clone: Clone, name: str) -> bytes:
+    return clone("cat-file", "blob", name).encode(errors="surrogateescape")
+
+
+def _blobs(clone: Clone, commit: str) -> dict[str, str]:
+    rows = clone("ls-tree", "-r", "-z", commit).split("\0")
+    return {row.split("\t", 1)[1]: row.split()[2] for row in rows if row}
+
+
+def switch(clone: Clone, branch: str, tip: str) -> None:
+    """Make `tip` the branch and check it out, or leave all as it was.
+
+    Args:
+        clone: a clean one.
+        branch: its name.
+        tip: the commit.
+
+    Raises:
+        Failure: files that git does not know are in the way.
+    """
+    marker = _marker(clone)
+    before = clone.resolve("HEAD")
+    if before:
+        marker.write_text(f"{before} {tip}\n")
+    try:
+        clone("checkout", "-q", "--no-overwrite-ignore", "--no-track", "-B", branch, tip)
+    except GitError as error:
+        marker.unlink(missing_ok=True)
+        lines = str(error).splitlines()
+        there = [line.strip() for line in lines if line.startswith("\t")]
+        if there:
+            raise Failure(
+                f"untracked files in {show(clone.path)} are in the way: "
+                + ", ".join(there),
+                "move them away",
+            ) from None
+        if any("index.lock" in line for line in lines):
+            raise Failure(
+                f"another git is at work in {show(clone.path)}",
+                f"end it, or remove {show(clone.dir / 'index.lock')} if none is",
+            ) from None
+        raise Failure(
+            f"git could not switch {show(clone.path)} to {branch} ({lines[0]})",
+            "mend that and run this again",
+        ) from None
+    marker.unlink(missing_ok=True)
+
+
+def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) -> None:
+    """Stop at a patch that does not apply, for a person to go on."""
+    start = halt.good[-1] if halt.good else base
+    switch(clone, release.branch, start)
+    clone("update-ref", applied_ref(release), start)
+    paths = [str(path) for path in halt.rest]
+    try:
+        clone("am", "-q", "-3", "--keep-non-patch", "--no-scissors", *paths)
+    except GitError:
+        if not clone("diff", "--name-only", "--diff-filter=U"):
+            # Not even a three-way merge: leave what fits and .rej files.
+            stuck = clone.dir / "rebase-apply" / "patch"
+            try:
+                clone("apply", "--reject", "--whitespace=nowarn", str(stuck))
+            except GitError:
+                pass
+        raise Failure(
+            str(halt).split(" does not apply", 1)[0]
+            + f" needs you: conflicts or .rej files are in {show(clone.path)}",
+            "mend and `git add` them, `git am --continue`, then `make export`",
+        ) from None
+    say("a three-way merge made all of it fit: `make export` writes that to patches/")
+
+
+def apply(release: Release) -> Clone:
+    """Bring a checkout to the series.
+
+    Args:
+        release: which series.
+
+    Returns:
+        The checkout.
+
+    Raises:
+        Failure: it cannot, and the checkout is as it was.
+    """
+    clone, base = open_clone(release)
+    _recover(clone)
+    files = series.patches(release.patches)
+    where = f"{show(clone.path)} ({release.branch})"
+    count = f"{len(files)} patch{'' if len(files) == 1 else 'es'}"
+    halt = None
+    try:
+        with console.scratch() as folder:
+            commits = series.derive(clone, base, files, folder)
+    except series.Conflict as conflict:
+        if console.option("CONTINUE") not in ("1", "yes", "true"):
+            raise
+        commits, halt = conflict.good, conflict
+    tip = commits[-1] if commits else base
+    head = "refs/heads/" + release.branch
+    now = clone.resolve(head)
+    recorded = clone.resolve(applied_ref(release))
+    wanted = contents(clone, base, tip)
+    on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
+    same = now and not halt and contents(clone, base, now) == wanted
+    if same and on_branch:
+        if what := clone.under_way():
+            raise Failure(
+                f"a {what} is under way in {show(clone.path)}",
+                "end it with --continue or --abort",
+            )
+        clone("update-ref", applied_ref(release), now)
+        changed = " (with uncommitted changes)" if clone.dirty() else ""
+        say(f"already applied: {count} in {where}{changed}")
+        return clone
+    refuse_unready(clone)
+    if now and not same and now not in (recorded, base):
+        raise Failure(
+            f"{release.branch} in {show(clone.path)} has commits that patches/ has not",
+            f"write them with `make export`, or drop them with `git -C "
+            f"{show(clone.path)} branch -m {release.branch} {release.branch}-old`",
+        )
+    if halt:
+        _continue(clone, release, base, halt)
+        return clone
+    switch(clone, release.branch, now if same else tip)
+    clone("update-ref", applied_ref(release), now if same else tip)
+    say(f"applied {count} to {where}, {tip[:12]}")
+    return clone
+
+
+def main() -> None:
+    """Apply the series."""
+    with console.lock():
+        apply(pins.load(console.option("RELEASE")))
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages, the one lock and the way every command ends."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import typer
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+
+# stdout is kept for answers (`make python`), all else goes to stderr.
+err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+class Failure(Exception):
+    """What went wrong and what to do next; printed as one line.
+
+    Args:
+        what: the cause.
+        then: the next step for the person.
+    """
+
+    def __init__(self, what: str, then: str) -> None:
+        super().__init__(" ".join(f"{what}: {then}".split("\n")))
+
+
+def say(text: str) -> None:
+    """Print one line of progress to stderr."""
+    err.print(text)
+
+
+def show(path: Path) -> str:
+    """Return a path as a person would type it from the project's folder."""
+    try:
+        return str(path.relative_to(ROOT))
+    except ValueError:
+        return str(path)
+
+
+@contextmanager
+def lock() -> Iterator[None]:
+    """Hold the project's build folder, and clear what a killed run left there.
+
+    Raises:
+        Failure: another command holds it.
+    """
+    BUILD.mkdir(exist_ok=True)
+    guard = FileLock(BUILD / ".lock", timeout=0)
+    try:
+        guard.acquire()
+    except Timeout:
+        raise Failure(
+            f"another make command is at work in {show(BUILD)}/",
+            "wait for it to end and run this again",
+        ) from None
+    try:
+        for stale in BUILD.glob(".tmp-*"):
+            remove(stale)
+        yield
+    finally:
+        guard.release()
+
+
+@contextmanager
+def scratch(inside: Path | None = BUILD) -> Iterator[Path]:
+    """Give a folder that is gone afterwards.
+
+    Args:
+        inside: where to make it; None for the system's place. Under `build/` the
+            lock must be held, so that what a killed run left is cleared.
+    """
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=inside) as made:
+        yield Path(made)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
+    import shutil
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def logged(command: list[str], log: Path, doing: str) -> None:
+    """Run a command with its output in a file, shown only where it fails.
+
+    Args:
+        command: what to run.
+        log: the file, appended to.
+        doing: the command in a person's words.
+
+    Raises:
+        Failure: the command's exit status is not 0.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        start = out.tell()
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT)
+    if done.returncode:
+        with log.open("rb") as out:
+            out.seek(start)
+            tail = out.read().decode(errors="replace").splitlines()[-15:]
+        for line in tail:
+            err.print("  " + line)
+        raise Failure(
+            f"{doing} failed with exit status {done.returncode}",
+            f"the last lines are above, all of them in {show(log)}",
+        )
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a command line and turn what a person can mend into one line.
+
+    Args:
+        main: the command; its parameters become options.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app(standalone_mode=False)
+    except Failure as failure:
+        _end(f"error: {failure}", 1)
+    except KeyboardInterrupt:
+        _end("interrupted: nothing is lost, run the same command again", 130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _end(f"error: no space left for {error.filename or 'files'}: free some", 1)
+        if error.errno in (errno.EACCES, errno.EROFS) and error.filename:
+            _end(f"error: {error.filename} cannot be written: check its owner", 1)
+        raise
+    except Exception as error:
+        if type(error).__name__ == "Abort":
+            # typer makes this of an interrupt
+            _end("interrupted: nothing is lost, run the same command again", 130)
+        if hasattr(error, "format_message"):
+            _end(f"error: {error.format_message()}: see `make`", 2)
+        raise
+
+
+def _end(line: str, status: int) -> NoReturn:
+    err.print(line)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(status)
+
+
+def option(name: str) -> str:
+    """Return a variable of the Makefile's command line, empty if not given."""
+    return os.environ.get(name, "").strip()

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make export`: a checkout's commits as the series in patches/."""
+
+from pathlib import Path
+
+from scripts import console, pins, series
+from scripts.apply import applied_ref, contents, open_clone, refuse_unready
+from scripts.console import Failure, say, show
+from scripts.git import Clone
+from scripts.pins import Release
+
+
+def commits(clone: Clone, base: str, release: Release) -> list[str]:
+    """Return the commits to export.
+
+    Args:
+        clone: a clean checkout on the release's branch.
+        base: the release's commit.
+        release: the release.
+
+    Raises:
+        Failure: they are no line of finished commits on the release.
+    """
+    where = show(clone.path)
+    refuse_unready(clone)
+    head = (clone.dir / "HEAD").read_text().strip().removeprefix("ref: refs/heads/")
+    if head != release.branch:
+        raise Failure(
+            f"{where} is at {head[:40]}, not on {release.branch}",
+            f"`git -C {where} switch {release.branch}`, or `make apply` first",
+        )
+    tip = clone.resolve("HEAD")
+    said = contents(clone, base, tip)
+    if said is None:
+        merges = clone("rev-list", "--merges", f"{base}..{tip}").split()
+        raise Failure(
+            f"{release.branch} has a merge ({merges[0][:12]})"
+            if merges
+            else f"{release.branch} does not start from {release.tag}",
+            f"make it a line with `git rebase {release.tag}`",
+        )
+    for content in said:
+        title = content.message.split("\n")[0]
+        if title.startswith(("fixup!", "squash!", "amend!")):
+            raise Failure(
+                f'"{title}" is not folded in yet',
+                f"`git -C {where} rebase -i --autosquash {release.tag}`",
+            )
+    return clone("rev-list", "--reverse", f"{base}..{tip}").split()
+
+
+def export(release: Release) -> None:
+    """Write the series.
+
+    Args:
+        release: which.
+
+    Raises:
+        Failure: the checkout is not in a state to export; patches/ is as it was.
+    """
+    clone, base = open_clone(release)
+    target = release.patches
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        # A run was killed between the two renames below.
+        old.rename(target)
+    console.remove(old)
+    listed = commits(clone, base, release)
+    if not listed and any(target.glob("*.patch")):
+        raise Failure(
+            f"{release.branch} has no commits but {show(target)} has patches",
+            "run `make apply`, or delete the patches by hand if that is meant",
+        )
+    with console.scratch() as folder:
+        made = folder / "made"
+        for name in ("write", "check", "made"):
+            (folder / name).mkdir()
+        files = series.write(clone, listed, folder / "write", made)
+        _check(clone, base, listed, files, folder / "check")
+        before = {path.name: path.read_bytes() for path in target.glob("*.patch")}
+        after = {path.name: path.read_bytes() for path in files}
+        if before != after:
+            _replace(target, made, old)
+    clone("update-ref", applied_ref(release), clone.resolve("HEAD"))
+    changed = [name for name in after if after[name] != before.get(name)]
+    gone = [name for name in before if name not in after]
+    for name in changed:
+        say(f"wrote {show(target / name)}")
+    for name in gone:
+        say(f"removed {show(target / name)}")
+    say(
+        f"{len(after)} patches in {show(target)}, "
+        f"{len(changed)} written, {len(gone)} removed"
+    )
+
+
+def _check(
+    clone: Clone, base: str, listed: list[str], files: list[Path], folder: Path
+) -> None:
+    """Refuse commits that would come back different from their patches."""
+    again = series.derive(clone, base, files, folder)
+    for one, other in zip(listed, again, strict=True):
+        was, now = (
+            series.content(clone("cat-file", "commit", name).encode(errors="surrogateescape"))
+            for name in (one, other)
+        )
+        if was != now:
+            what = "message" if was.tree == now.tree else "files"
+            title = was.message.split("\n")[0]
+            raise Failure(
+                f'the {what} of {one[:12]} "{title}" would not survive as a patch',
+                "look for lines such as `---` or `diff -` in its message",
+            )
+
+
+def _replace(target: Path, made: Path, old: Path) -> None:
+    """Put a folder in the place of another; a kill leaves one of the two."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in target.iterdir():
+        if path.suffix != ".patch":
+            (made / path.name).write_bytes(path.read_bytes())
+    target.rename(old)
+    made.rename(target)
+    console.remove(old)
+
+
+def main() -> None:
+    """Export the checkout's commits."""
+    with console.lock():
+        export(pins.load(console.option("RELEASE")))
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""git without the person's settings, hooks and variables in the way."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from scripts.console import Failure, show
+
+NAME = "vllm-gemma4 authors"
+EMAIL = "vllm-gemma4@users.noreply.invalid"
+
+# What a person's settings could change in a command that works on their clone.
+# Settings of the working tree (line ends, excludes) stay theirs.
+OVERRIDES = {
+    "core.hooksPath": os.devnull,
+    "core.fsmonitor": "false",
+    "core.quotePath": "false",
+    "color.ui": "false",
+    "commit.gpgSign": "false",
+    "gc.auto": "0",
+    "maintenance.auto": "false",
+    "submodule.recurse": "false",
+    "advice.detachedHead": "false",
+    "am.threeWay": "false",
+    "am.keepcr": "false",
+    "apply.whitespace": "nowarn",
+    "apply.ignoreWhitespace": "no",
+    "mailinfo.scissors": "false",
+    "i18n.commitEncoding": "UTF-8",
+    "i18n.logOutputEncoding": "UTF-8",
+    "status.showUntrackedFiles": "normal",
+    "status.renames": "false",
+    "rerere.enabled": "false",
+}
+
+# Left under way by a person: none of these is ours to end.
+UNDER_WAY = {
+    "rebase-merge": "rebase",
+    "rebase-apply": "am or rebase",
+    "MERGE_HEAD": "merge",
+    "CHERRY_PICK_HEAD": "cherry-pick",
+    "REVERT_HEAD": "revert",
+    "BISECT_LOG": "bisect",
+}
+
+
+class GitError(Exception):
+    """A git command that failed; the text is what it printed."""
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return the environment for git, less what would change what it does."""
+    keep = ("GIT_SSL", "GIT_PROXY", "GIT_TRACE", "GIT_EXEC_PATH", "GIT_CONFIG_GLOBAL")
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or name.startswith(keep)
+    }
+    env |= {
+        "LC_ALL": "C",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_NO_REPLACE_OBJECTS": "1",
+        "GIT_COMMITTER_NAME": NAME,
+        "GIT_COMMITTER_EMAIL": EMAIL,
+    }
+    return env | extra
+
+
+def _call(command: list[str], data: bytes | None, env: dict[str, str]) -> bytes:
+    done = subprocess.run(command, input=data, capture_output=True, env=env)
+    if done.returncode:
+        raise GitError(
+            (done.stderr + done.stdout).decode(errors="replace").strip()
+            or f"git ended with {done.returncode}"
+        )
+    return done.stdout
+
+
+class Clone:
+    """A repository with a working tree: the project's own or a person's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.dir = Path(self("rev-parse", "--absolute-git-dir"))
+
+    def __call__(self, *args: str, data: bytes | None = None) -> str:
+        """Run git here.
+
+        Args:
+            args: its arguments.
+            data: its standard input.
+
+        Returns:
+            What it printed, less the last line end.
+
+        Raises:
+            GitError: its exit status is not 0.
+        """
+        settings = [f"{name}={value}" for name, value in OVERRIDES.items()]
+        settings.append(f"safe.directory={self.path}")
+        flags = [part for setting in settings for part in ("-c", setting)]
+        out = _call(["git", "-C", str(self.path), *flags, *args], data, environment())
+        return out.decode(errors="surrogateescape").rstrip("\n")
+
+    def resolve(self, name: str) -> str:
+        """Return the commit that a name means, empty if there is none."""
+        try:
+            return self("rev-parse", "-q", "--verify", "--end-of-options", name + "^{commit}")
+        except GitError:
+            return ""
+
+    def dirty(self) -> list[str]:
+        """Return the tracked files that differ from HEAD."""
+        listed = self("status", "--porcelain", "-z", "--untracked-files=no")
+        return [entry[3:] for entry in listed.split("\0") if entry]
+
+    def under_way(self) -> str:
+        """Return what a person has begun and not ended, such as "rebase"."""
+        for name, what in UNDER_WAY.items():
+            if (self.dir / name).exists():
+                return what
+        return ""
+
+    def objects(self) -> Path:
+        """Return the folder of the objects."""
+        return (self.path / self("rev-parse", "--git-path", "objects")).resolve()
+
+
+class Scratch:
+    """A bare repository on a clone's objects that has no settings at all.
+
+    Commits and patches made here do not depend on the settings, attributes or
+    index of anyone, and nothing but new objects reaches the clone.
+
+    Args:
+        clone: whose objects.
+        folder: an empty folder for it.
+    """
+
+    def __init__(self, clone: Clone, folder: Path) -> None:
+        self.folder = folder
+        self.env = environment(
+            GIT_CONFIG_GLOBAL=os.devnull,
+            GIT_CONFIG_SYSTEM=os.devnull,
+            GIT_CONFIG_NOSYSTEM="1",
+            GIT_ATTR_NOSYSTEM="1",
+            GIT_DIR=str(folder / "git"),
+            GIT_INDEX_FILE=str(folder / "index"),
+            HOME=str(folder),
+            XDG_CONFIG_HOME=str(folder),
+        )
+        self("init", "-q", "--bare", "--template=", "--object-format=sha1")
+        self.env["GIT_OBJECT_DIRECTORY"] = str(clone.objects())
+        shallow = clone.path / clone("rev-parse", "--git-path", "shallow")
+        if shallow.exists():
+            shutil.copy(shallow, folder / "git" / "shallow")
+
+    def __call__(self, *args: str, data: bytes | None = None, **env: str) -> bytes:
+        """Run git here; see `Clone.__call__`.
+
+        Returns:
+            What it printed, as it is.
+        """
+        return _call(["git", *args], data, self.env | env)
+
+
+def find(path: Path) -> Clone:
+    """Return a person's clone.
+
+    Args:
+        path: its top folder.
+
+    Raises:
+        Failure: it is none.
+    """
+    path = path.expanduser().resolve()
+    ask = "give VLLM= the top folder of a vLLM clone"
+    if not path.is_dir():
+        raise Failure(f"VLLM={path} is no folder", ask)
+    try:
+        clone = Clone(path)
+        top = clone("rev-parse", "--show-toplevel")
+    except GitError as error:
+        raise Failure(f"VLLM={path} is no git checkout", ask) from error
+    if Path(top).resolve() != path:
+        raise Failure(f"VLLM={path} is inside of {show(Path(top))}", ask)
+    return clone

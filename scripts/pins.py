@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supported vLLM releases, read from pins.toml."""
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.console import ROOT, Failure
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a package index, known by its hash."""
+
+    project: str
+    name: str
+    sha256: str
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a release runs on: `kind` is "cpu" or "cuda"."""
+
+    kind: str
+    project: str
+    torch: str
+    torchvision: str
+    wheels: dict[str, File]
+    modules: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release of vLLM and where its series lives."""
+
+    tag: str
+    version: str
+    commit: str
+    base: str
+    generated: tuple[str, ...]
+    sdist: File
+    runtimes: dict[str, Runtime]
+
+    @property
+    def patches(self) -> Path:
+        """The folder of the series."""
+        return ROOT / "patches" / self.tag
+
+    @property
+    def branch(self) -> str:
+        """The branch of a checkout that holds the series."""
+        return f"gemma4/{self.tag}"
+
+
+def load(tag: str = "") -> Release:
+    """Read a release.
+
+    Args:
+        tag: such as "v0.32.0"; empty for the default one.
+
+    Returns:
+        The release.
+
+    Raises:
+        Failure: pins.toml does not name it.
+    """
+    pins = tomllib.loads((ROOT / "pins.toml").read_text(encoding="utf-8"))
+    tag = tag or pins["default"]
+    known = pins["releases"]
+    if tag not in known:
+        raise Failure(
+            f"RELEASE={tag} is unknown", f"pins.toml has {', '.join(sorted(known))}"
+        )
+    pin = known[tag]
+    sdist = pin["sdist"]
+    return Release(
+        tag=tag,
+        version=pin["version"],
+        commit=pin["commit"],
+        base=pin["base"],
+        generated=tuple(pin["generated"]),
+        sdist=File(sdist["project"], sdist["file"], sdist["sha256"], sdist["size"]),
+        runtimes={
+            kind: Runtime(
+                kind=kind,
+                project=pin[kind]["project"],
+                torch=pin[kind]["torch"],
+                torchvision=pin[kind].get("torchvision", ""),
+                wheels={
+                    machine: File(pin[kind]["project"], wheel["file"], wheel["sha256"])
+                    for machine, wheel in pin[kind]["wheels"].items()
+                },
+                modules=tuple(pin[kind].get("modules", ())),
+                env=pin[kind].get("env", {}),
+            )
+            for kind in ("cpu", "cuda")
+            if kind in pin
+        },
+    )
