@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make apply`: the series as commits on a branch of a vLLM checkout."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -165,7 +166,9 @@ def refuse_unready(clone: Clone) -> None:
 
 def contents(clone: Clone, base: str, tip: str) -> list[series.Content] | None:
     """Return what the commits from base to tip say, None if they are no line."""
-    parents = clone("rev-list", "--reverse", "--topo-order", "--parents", f"{base}..{tip}")
+    parents = clone(
+        "rev-list", "--reverse", "--topo-order", "--parents", f"{base}..{tip}"
+    )
     rows = [row.split() for row in parents.splitlines()]
     before = base
     for row in rows:
@@ -175,7 +178,9 @@ def contents(clone: Clone, base: str, tip: str) -> list[series.Content] | None:
     if before != tip:
         return None
     return [
-        series.content(clone("cat-file", "commit", row[0]).encode(errors="surrogateescape"))
+        series.content(
+            clone("cat-file", "commit", row[0]).encode(errors="surrogateescape")
+        )
         for row in rows
     ]
 
@@ -259,7 +264,9 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
     if before:
         marker.write_text(f"{before} {tip}\n")
     try:
-        clone("checkout", "-q", "--no-overwrite-ignore", "--no-track", "-B", branch, tip)
+        clone(
+            "checkout", "-q", "--no-overwrite-ignore", "--no-track", "-B", branch, tip
+        )
     except GitError as error:
         marker.unlink(missing_ok=True)
         lines = str(error).splitlines()
@@ -294,10 +301,8 @@ def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) 
         if not clone("diff", "--name-only", "--diff-filter=U"):
             # Not even a three-way merge: leave what fits and .rej files.
             stuck = clone.dir / "rebase-apply" / "patch"
-            try:
+            with contextlib.suppress(GitError):
                 clone("apply", "--reject", "--whitespace=nowarn", str(stuck))
-            except GitError:
-                pass
         raise Failure(
             str(halt).split(" does not apply", 1)[0]
             + f" needs you: conflicts or .rej files are in {show(clone.path)}",

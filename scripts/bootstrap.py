@@ -23,7 +23,7 @@ def main() -> int:
     Returns:
         The exit status.
     """
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         have = ".".join(map(str, sys.version_info[:3]))
         print(
             f"error: {sys.executable} is Python {have}, 3.11 or newer is needed: "

@@ -101,7 +101,9 @@ def _check(
     again = series.derive(clone, base, files, folder)
     for one, other in zip(listed, again, strict=True):
         was, now = (
-            series.content(clone("cat-file", "commit", name).encode(errors="surrogateescape"))
+            series.content(
+                clone("cat-file", "commit", name).encode(errors="surrogateescape")
+            )
             for name in (one, other)
         )
         if was != now:

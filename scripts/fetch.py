@@ -38,7 +38,9 @@ def pip_setting(name: str) -> str:
         capture_output=True,
         text=True,
     ).stdout
-    found = dict(re.findall(rf"(?m)^(\S+)\.{re.escape(name)}='(.*)'$", listed))
+    found: dict[str, str] = dict(
+        re.findall(rf"(?m)^(\S+)\.{re.escape(name)}='(.*)'$", listed)
+    )
     for scope in (":env:", "download", "install", "global"):
         if scope in found:
             return found[scope]

@@ -108,7 +108,9 @@ class Clone:
     def resolve(self, name: str) -> str:
         """Return the commit that a name means, empty if there is none."""
         try:
-            return self("rev-parse", "-q", "--verify", "--end-of-options", name + "^{commit}")
+            return self(
+                "rev-parse", "-q", "--verify", "--end-of-options", name + "^{commit}"
+            )
         except GitError:
             return ""
 

@@ -180,7 +180,11 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
 def _fetch_lazy(clone: Clone, base: str, files: list[Path]) -> None:
     # A clone made with --filter gets blobs only when its own git asks for them.
     try:
-        clone("config", "--get-regexp", r"^(extensions\.partialclone|remote\..*\.promisor)$")
+        clone(
+            "config",
+            "--get-regexp",
+            r"^(extensions\.partialclone|remote\..*\.promisor)$",
+        )
     except GitError:
         return
     names = {

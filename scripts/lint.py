@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make lint`: this project's files, and the series by vLLM's own rules."""
+
+import importlib.metadata
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scripts import console, pins, series
+from scripts.apply import open_clone
+from scripts.console import BUILD, ROOT, Failure, say
+from scripts.git import Clone, GitError
+from scripts.pins import Release
+
+WIDTH = 88
+TITLE = 72
+# vLLM's reviewers call more than this, outside of tests and docs, complex.
+BIG = 250
+SECTIONS = ("Purpose:", "Test Plan:", "Test Result:")
+# OpenEmbedded's words; those that say where or why need it in brackets.
+STATUS = re.compile(
+    r"Pending( \[.+\])?|(Submitted|Backport|Denied|Inappropriate) \[.+\]"
+)
+ASIDE = re.compile(r"(tests|docs|examples|benchmarks|\.buildkite)/|.*\.md$")
+# What stands for a pre-commit `types` name: the hooks that run here use no other.
+TYPES = {"python": ".py", "pyi": ".pyi", "rust": ".rs", "proto": ".proto"}
+
+
+@dataclass
+class Patch:
+    """A patch file taken apart."""
+
+    subject: str = ""
+    body: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    added: list[tuple[str, int, str]] = field(default_factory=list)
+    lines: int = 0
+
+
+def parse(text: str) -> Patch:
+    """Take a patch apart.
+
+    Args:
+        text: the file, line ends as they are.
+
+    Returns:
+        Its subject, message, files, added lines as (file, line, text) and the
+        number of lines changed outside of tests and docs.
+    """
+    patch = Patch()
+    head, _, rest = text.partition("\n\n")
+    found = re.search(r"(?m)^Subject: (.*(?:\n[ \t].*)*)", head)
+    patch.subject = re.sub(r"\n[ \t]", " ", found[1]) if found else ""
+    message, mark, diff = rest.partition("\ndiff --git ")
+    patch.body = message.removesuffix("---").removesuffix("---\n").split("\n")
+    name, line, old, new = "", 0, 0, 0
+    for row in (mark + diff).split("\n"):
+        if old <= 0 and new <= 0:
+            if start := re.match(r"diff --git a/.* b/(.*)$", row):
+                name = start[1]
+                patch.files.append(name)
+            elif hunk := re.match(r"@@ -\d+(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", row):
+                old, new = int(hunk[1] or 1), int(hunk[3] or 1)
+                line = int(hunk[2])
+            continue
+        aside = ASIDE.match(name)
+        if row.startswith("+"):
+            patch.added.append((name, line, row[1:]))
+            patch.lines += not aside
+            new, line = new - 1, line + 1
+        elif row.startswith("-"):
+            patch.lines += not aside
+            old -= 1
+        elif not row.startswith("\\"):
+            old, new, line = old - 1, new - 1, line + 1
+    return patch
+
+
+def header(patch: Patch) -> Iterator[str]:
+    """Find what a patch's header lacks.
+
+    Args:
+        patch: the patch.
+
+    Yields:
+        One line a finding.
+    """
+    titled = re.fullmatch(r"\[PATCH\] ((?:\[[A-Z][^\]]*\])+ \S.*)", patch.subject)
+    if not titled:
+        yield "the subject is not `[PATCH] [Tag] Title`, such as [Model][Bugfix]"
+    elif len(titled[1]) > TITLE:
+        yield f"the title has {len(titled[1])} columns, more than {TITLE}"
+    at = -1
+    for section in SECTIONS:
+        places = [n for n, row in enumerate(patch.body) if row.startswith(section)]
+        if not places:
+            yield f"the message has no `{section}`"
+            continue
+        if places[0] < at:
+            yield f"`{section}` is not in the order {' '.join(SECTIONS)}"
+        at = places[0]
+        said = patch.body[at].removeprefix(section)
+        for row in patch.body[at + 1 :]:
+            if row.startswith((*SECTIONS, "Upstream-Status:")):
+                break
+            said += row
+        if not said.strip():
+            yield f"`{section}` is empty"
+    said_status = [row for row in patch.body if row.startswith("Upstream-Status:")]
+    last = [row for row in patch.body if row.strip()][-1:]
+    if len(said_status) != 1:
+        yield f"the message has {len(said_status)} `Upstream-Status:` lines, not one"
+    else:
+        if not STATUS.fullmatch(said_status[0].partition(":")[2].strip()):
+            yield (
+                "`Upstream-Status:` is none of Pending, Submitted [where], "
+                "Backport [version], Denied [why], Inappropriate [why]"
+            )
+        if not re.match(r"[A-Z][A-Za-z-]+: ", last[0]):
+            yield "`Upstream-Status:` is not in the message's last paragraph"
+    for row in patch.body:
+        if re.match(r"signed-off-by:", row, re.IGNORECASE):
+            yield "it has a Signed-off-by: whoever submits the patch signs it off"
+        if len(row) > WIDTH and " " in row.strip() and "://" not in row:
+            yield f"a line of the message has {len(row)} columns: {row[:40]}..."
+
+
+def text(patch: Patch) -> Iterator[str]:
+    """Find what is wrong with the lines that a patch adds.
+
+    Args:
+        patch: the patch.
+
+    Yields:
+        One line a finding.
+    """
+    for name, number, row in patch.added:
+        where = f"{name}:{number}:"
+        if row.endswith("\r"):
+            yield f"{where} CRLF line end"
+        elif row != row.rstrip():
+            yield f"{where} trailing whitespace"
+        if re.match(r"\t* +\t", row):
+            yield f"{where} space before tab"
+        if not name.endswith((".py", ".pyi")):
+            continue
+        if "\t" in row:
+            yield f"{where} tab"
+        if len(row) > WIDTH and "://" not in row and "noqa" not in row:
+            yield f"{where} {len(row)} columns, more than {WIDTH}"
+    for name in dict.fromkeys(patch.files):
+        rows = [row for row in patch.added if row[0] == name]
+        if (
+            name.endswith(".py")
+            and rows
+            and rows[0][1] == 1
+            and "SPDX" not in rows[0][2]
+        ):
+            yield f"{name}:1: no SPDX header"
+
+
+def numbering(files: list[Path]) -> Iterator[str]:
+    """Find gaps in the numbers of a series.
+
+    Yields:
+        One line a finding.
+    """
+    for wanted, path in enumerate(files, 1):
+        if not path.name.startswith(f"{wanted:04}-"):
+            yield f"{path.name}: the number should be {wanted:04}"
+            return
+
+
+class Lint:
+    """Findings so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def report(self, line: str) -> None:
+        """Print a finding."""
+        self.count += 1
+        print(line, flush=True)
+
+    def own(self) -> None:
+        """Check scripts/ and tests/."""
+        say("lint: ruff and mypy on scripts/ and tests/")
+        where = [name for name in ("scripts", "tests") if (ROOT / name).is_dir()]
+        for command in (
+            ["ruff", "check", "--quiet", "--output-format=concise", *where],
+            ["ruff", "format", "--check", "--quiet", *where],
+            ["mypy", "--no-error-summary", *where],
+        ):
+            for line in _call(command, ROOT):
+                self.report(line)
+
+    def series(self, release: Release) -> None:
+        """Check the patches."""
+        try:
+            files = series.patches(release.patches)
+        except Failure as failure:
+            self.report(str(failure))
+            return
+        for line in numbering(files):
+            self.report(line)
+        changed: dict[str, list[str]] = {}
+        for path in files:
+            raw = path.read_bytes()
+            if b"\r\n" in raw.partition(b"\n\ndiff --git ")[0]:
+                self.report(f"{path.name}: CRLF line ends")
+                continue
+            patch = parse(raw.decode(errors="replace"))
+            for line in (*header(patch), *text(patch)):
+                self.report(f"{path.name}: {line}")
+            if patch.lines > BIG:
+                say(
+                    f"warning: {path.name}: {patch.lines} lines outside of tests and "
+                    f"docs, more than {BIG}"
+                )
+            for name in patch.files:
+                changed.setdefault(name, []).append(path.name)
+        if not files:
+            say(f"lint: no patches for {release.tag}")
+            return
+        with console.lock():
+            self._tree(release, files, changed)
+
+    def _tree(
+        self, release: Release, files: list[Path], changed: dict[str, list[str]]
+    ) -> None:
+        clone, base = open_clone(release)
+        with console.scratch() as folder:
+            for name in ("derive", "write", "made"):
+                (folder / name).mkdir()
+            try:
+                commits = series.derive(clone, base, files, folder / "derive")
+            except Failure as failure:
+                self.report(str(failure).split(": the checkout is as it was")[0])
+                return
+            made = series.write(clone, commits, folder / "write", folder / "made")
+            for path, again in zip(files, made, strict=True):
+                if path.name != again.name:
+                    self.report(f"{path.name}: the name should be {again.name}")
+                elif path.read_bytes() != again.read_bytes():
+                    self.report(
+                        f"{path.name}: not as `make export` writes it: run "
+                        "`make apply export`"
+                    )
+        say(f"lint: vLLM's own checks on the {len(changed)} files of the series")
+        tree = _checkout(clone, commits[-1], release)
+        there = [name for name in sorted(changed) if (tree / name).is_file()]
+        for line in _upstream(tree, there):
+            found = re.search(r"[\w./-]+/[\w.-]+|[\w-]+\.\w+", line)
+            owner = changed.get(found[0]) if found else None
+            self.report(f"{', '.join(owner)}: {line}" if owner else line)
+
+
+def _checkout(clone: Clone, tip: str, release: Release) -> Path:
+    """Return a tree of the whole series, apart from the one people work in."""
+    tree = BUILD / f"lint-{release.tag}"
+    try:
+        own = Clone(tree)
+        own("checkout", "-q", "-f", "--detach", tip)
+    except GitError:
+        console.remove(tree)
+        clone("clone", "-q", "--shared", "--no-checkout", str(clone.path), str(tree))
+        own = Clone(tree)
+        own("checkout", "-q", "-f", "--detach", tip)
+    own("clean", "-q", "-f", "-d")
+    return tree
+
+
+def _call(command: list[str], cwd: Path) -> list[str]:
+    """Run a check; return its lines if it fails."""
+    tools = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("PYTHONPATH", "MYPYPATH", "VLLM", "PYTHON"):
+        env.pop(name, None)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    if not done.returncode:
+        return []
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return said or [f"{shlex.join(command[:3])} failed with {done.returncode}"]
+
+
+def _upstream(tree: Path, files: list[str]) -> Iterator[str]:
+    """Run vLLM's ruff, typos and its hooks that need nothing but Python."""
+    config = yaml.safe_load((tree / ".pre-commit-config.yaml").read_text())
+    python = [name for name in files if name.endswith((".py", ".pyi"))]
+    for repo in config["repos"]:
+        for project in ("ruff", "typos"):
+            if repo["repo"].endswith((f"/{project}", f"/{project}-pre-commit")):
+                ours = importlib.metadata.version(project)
+                if repo["rev"] != f"v{ours}":
+                    yield f"pyproject.toml: {project} {ours}, vLLM has {repo['rev']}"
+    if python:
+        yield from _call(
+            ["ruff", "check", "--quiet", "--output-format=concise", *python], tree
+        )
+        yield from _call(["ruff", "format", "--check", "--quiet", *python], tree)
+    yield from _call(["typos", "--force-exclude", "--format=brief", *files], tree)
+    excluded = re.compile(config.get("exclude", "^$"))
+    hooks: list[dict[str, Any]] = [
+        hook
+        for repo in config["repos"]
+        if repo["repo"] == "local"
+        for hook in repo["hooks"]
+        if hook["entry"].startswith("python tools/")
+    ]
+    own = Clone(tree)
+    for hook in hooks:
+        ends = tuple(TYPES[t] for t in hook.get("types_or", hook.get("types", ())))
+        named = [
+            name
+            for name in files
+            if re.search(hook.get("files", ""), name)
+            and not re.search(hook.get("exclude", "^$"), name)
+            and not excluded.search(name)
+            and (not ends or name.endswith(ends))
+        ]
+        if not named:
+            continue
+        command = [sys.executable, *shlex.split(hook["entry"])[1:]]
+        if hook.get("pass_filenames", True):
+            command += named
+        for line in _call(command, tree):
+            yield line.removeprefix("❌ ").removeprefix("Error: ")
+        for name in own.dirty():
+            yield f"{name}: {hook['id']} would change it"
+        own("checkout", "-q", "-f", ".")
+
+
+def main() -> None:
+    """Check everything, or what STAGE names: own or patches."""
+    stage = console.option("STAGE") or "all"
+    if stage not in ("all", "own", "patches"):
+        raise Failure(f"STAGE={stage} is unknown", "lint has own and patches")
+    lint = Lint()
+    if stage in ("all", "own"):
+        lint.own()
+    if stage in ("all", "patches"):
+        lint.series(pins.load(console.option("RELEASE")))
+    if lint.count:
+        say(f"lint: {lint.count} findings")
+        raise SystemExit(1)
+    say("lint: clean")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make test`: this project's tests, the patches' and their neighbours upstream."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from rich.table import Table
+
+from scripts import console, pins, series
+from scripts.apply import apply, open_clone
+from scripts.build import Host, build, device
+from scripts.console import BUILD, ROOT, Failure, err, say, show
+from scripts.pins import Release
+
+STAGES = ("tooling", "vllm", "cpu", "gpu")
+
+# Upstream's tests of what the series touches that run without the model hub. On a
+# GPU more of them find something to do.
+NEIGHBOURS = (
+    "tests/v1/attention/test_mm_prefix.py",
+    "tests/v1/attention/test_vit_attn_wrappers.py",
+    "tests/models/multimodal/processing/test_gemma4.py",
+    "tests/models/multimodal/processing/test_gemma4_unified.py",
+    "tests/kernels/attention/test_attention_selector.py",
+    "tests/v1/attention/test_attention_backends_selection.py",
+    "tests/v1/core/test_prefix_caching.py::test_mm_prefix_caching",
+    "tests/renderers/test_gemma4_chat_template.py",
+)
+# Those that want what a machine without the hub or without a GPU has not, and why.
+DESELECT: dict[str, str] = {}
+
+# A tiny checkpoint stands in for the one that upstream's tests name.
+REDIRECT = "google/gemma-4-E2B-it"
+
+
+@dataclass
+class Tally:
+    """What a stage's tests came to."""
+
+    name: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+def count(report: Path, tally: Tally) -> None:
+    """Add a junit report to a tally.
+
+    Args:
+        report: the file that pytest wrote.
+        tally: what to add to.
+    """
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            tally.failed += 1
+            tally.failures.append(f"{case.get('classname')}::{case.get('name')}")
+        elif case.find("skipped") is not None:
+            tally.skipped += 1
+        else:
+            tally.passed += 1
+
+
+def touched(release: Release) -> list[str]:
+    """Return the test files that the series adds or changes."""
+    names: dict[str, None] = {}
+    for path in series.patches(release.patches):
+        text = path.read_bytes().decode(errors="replace")
+        for name in re.findall(r"(?m)^diff --git a/.* b/(tests/.*)$", text):
+            if re.fullmatch(r"test_.*\.py", name.rpartition("/")[2]):
+                names[name] = None
+    return list(names)
+
+
+def pytest(
+    tally: Tally,
+    python: Path,
+    cwd: Path,
+    what: list[str],
+    env: dict[str, str] | None = None,
+) -> None:
+    """Run pytest and add what came of it.
+
+    Its output is shown only where something failed.
+
+    Args:
+        tally: what to add to.
+        python: the interpreter.
+        cwd: where to run it.
+        what: files or tests.
+        env: more variables for it.
+    """
+    reports = BUILD / "reports"
+    reports.mkdir(exist_ok=True)
+    stem = re.sub(r"\W+", "-", what[0] if len(what) == 1 else f"{tally.name}-all")
+    report, log = reports / f"{stem}.xml", reports / f"{stem}.log"
+    report.unlink(missing_ok=True)
+    command = [
+        str(python),
+        *("-m", "pytest", "-p", "no:cacheprovider", "-q", f"--junitxml={report}"),
+        *what,
+        *shlex.split(console.option("ARGS")),
+    ]
+    clean = {k: v for k, v in os.environ.items() if k not in _OWN}
+    say(f"  {what[0] if len(what) == 1 else f'{len(what)} files'}")
+    start = time.monotonic()
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=clean | (env or {}),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as running,
+    ):
+        try:
+            status = running.wait()
+        except BaseException:
+            # Engines that a test started must not outlive an interrupt.
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+    tally.seconds += time.monotonic() - start
+    if report.exists():
+        count(report, tally)
+    # 5: nothing collected, which ARGS="-k ..." makes of most files.
+    if status not in (0, 5):
+        sys.stderr.write(log.read_text(errors="replace"))
+        if status != 1 or not report.exists():
+            tally.failed += 1
+            tally.failures.append(f"pytest ended with {status}, see {show(log)}")
+
+
+# Variables of make's command line: a test that runs make must not inherit them.
+_OWN = {
+    *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
+    *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),
+}
+
+
+def checkpoint(target: Host) -> dict[str, str]:
+    """Return variables that lead upstream's tests to a tiny checkpoint.
+
+    Args:
+        target: the environment that builds it.
+
+    Raises:
+        Failure: it could not be built.
+    """
+    path = BUILD / "tiny" / "e2b-280"
+    source = (ROOT / "scripts" / "tiny_gemma4.py").read_text()
+    stamp = path.with_name(path.name + ".py")
+    redirect = path.with_name("redirect.json")
+    if not stamp.exists() or stamp.read_text() != source:
+        console.remove(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        console.logged(
+            [
+                *("env", f"PYTHONPATH={ROOT}", str(target.python)),
+                *("-m", "scripts.tiny_gemma4", str(path)),
+                *("--kind", "e2b", "--soft-tokens", "280"),
+            ],
+            BUILD / "tiny.log",
+            "building a tiny checkpoint",
+        )
+        redirect.write_text(json.dumps({REDIRECT: str(path)}))
+        stamp.write_text(source)
+    return {"VLLM_MODEL_REDIRECT_PATH": str(redirect), "HF_HUB_OFFLINE": "1"}
+
+
+def stage(name: str, release: Release, target: Host | None) -> Tally:
+    """Run one stage.
+
+    Args:
+        name: which of STAGES.
+        release: the release.
+        target: the environment of the stages that need vLLM.
+
+    Returns:
+        What came of it.
+    """
+    tally = Tally(name)
+    folder = ROOT / "tests" / name
+    if name == "tooling":
+        pytest(tally, Path(sys.executable), ROOT, ["tests/tooling"])
+        return tally
+    assert target is not None
+    if name == "vllm":
+        with console.lock():
+            clone, _ = open_clone(release)
+        env = checkpoint(target)
+        ours = touched(release)
+        # Each in a process of its own: they start engines.
+        for test in ours:
+            pytest(tally, target.python, clone.path, [test], env)
+        others = [test for test in NEIGHBOURS if test.split("::")[0] not in ours]
+        skip = [f"--deselect={test}" for test in DESELECT]
+        pytest(tally, target.python, clone.path, [*others, *skip], env)
+        return tally
+    if not any(folder.glob("test_*.py")):
+        tally.note = "no tests yet"
+        return tally
+    if name == "gpu" and device() != "cuda":
+        tally.skipped += len(list(folder.glob("test_*.py")))
+        tally.note = "no NVIDIA GPU here"
+        return tally
+    pytest(
+        tally,
+        target.python,
+        ROOT,
+        [f"tests/{name}"],
+        {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
+    return tally
+
+
+def main() -> None:
+    """Run the tests, or those of the stage that STAGE names."""
+    release = pins.load(console.option("RELEASE"))
+    wanted = console.option("STAGE")
+    if wanted and wanted not in STAGES:
+        raise Failure(f"STAGE={wanted} is unknown", f"test has {', '.join(STAGES)}")
+    stages = [wanted] if wanted else list(STAGES)
+    tallies = []
+    target = None
+    for name in stages:
+        if name != "tooling" and target is None:
+            with console.lock():
+                apply(release)
+                target = build(release)
+        say(f"test: {name}")
+        tally = stage(name, release, target)
+        tallies.append(tally)
+        say(
+            f"  {tally.passed} passed, {tally.failed} failed, {tally.skipped} skipped "
+            f"in {tally.seconds:.0f} s{tally.note and f' ({tally.note})'}"
+        )
+    table = Table("stage", "passed", "failed", "skipped", "seconds", "", box=None)
+    for tally in tallies:
+        counts = (tally.passed, tally.failed, tally.skipped)
+        table.add_row(tally.name, *map(str, counts), f"{tally.seconds:.0f}", tally.note)
+    err.print(table)
+    for tally in tallies:
+        for line in tally.failures:
+            say(f"FAILED {line}")
+    passed, failed, skipped = (
+        sum(getattr(tally, name) for tally in tallies)
+        for name in ("passed", "failed", "skipped")
+    )
+    sys.stderr.flush()
+    print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
+    if failed or not passed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    console.run(main)
