@@ -211,7 +211,6 @@ def _show(kind: str, checkpoint: Path) -> float:
     start = time.perf_counter()
     with quiet():
         from transformers import AutoProcessor, Gemma4ForConditionalGeneration
-
         from vllm import LLM, SamplingParams
 
         llm = LLM(**engine_arguments(checkpoint))
