@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo, as ``make demo`` runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_both_layouts() -> None:
+    process = run("from scripts.demo import main; raise SystemExit(main([]))")
+    assert process.returncode == 0, process.stderr[-5000:]
+    lines = process.stdout.splitlines()
+    for kind in ("26b", "e2b"):
+        for example in ("text", "one image", "two images", "video"):
+            assert any(line.startswith(f"{kind}: {example}: ") for line in lines)
+        assert sum(line.startswith(f"{kind}:   image ") for line in lines) == 3
+        assert sum(line.startswith(f"{kind}:   frame ") for line in lines) == 4
+    assert lines[-1].startswith("demo: done in ")
+    # The engine's logs are kept unless something fails.
+    assert len(lines) < 40 and not process.stderr
+
+
+@pytest.mark.slow
+def test_a_wrong_tower_fails() -> None:
+    """A pooled feature that is off by a little is an error and a status."""
+    process = run(
+        "import scripts.demo as demo\n"
+        "right = demo.reference_features\n"
+        "def wrong(*args):\n"
+        "    return [item + 2e-3 for item in right(*args)]\n"
+        "demo.reference_features = wrong\n"
+        "raise SystemExit(demo.main(['--kind', 'e2b']))\n"
+    )
+    assert process.returncode == 1
+    assert "features differ by 2.0e-03" in process.stderr.splitlines()[-1]
