@@ -107,7 +107,7 @@ def _import(clone: Clone, release: Release) -> None:
     skip = tuple(stem + name for name in release.generated)
     message = f"vLLM {release.tag}\n\nFrom {path.name}\nsha256 {release.sdist.sha256}\n"
     with subprocess.Popen(
-        ["git", "-C", clone.path, "fast-import", "--quiet", "--done"],
+        clone.command("fast-import", "--quiet", "--done"),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=git.environment(),

@@ -136,7 +136,9 @@ def run(main: Callable[..., None]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
-        app(standalone_mode=False)
+        # typer makes an exit status of an interrupt.
+        if app(standalone_mode=False) == 130:
+            raise KeyboardInterrupt
     except Failure as failure:
         _end(f"error: {failure}", 1)
     except KeyboardInterrupt:
@@ -148,9 +150,6 @@ def run(main: Callable[..., None]) -> None:
             _end(f"error: {error.filename} cannot be written: check its owner", 1)
         raise
     except Exception as error:
-        if type(error).__name__ == "Abort":
-            # typer makes this of an interrupt
-            _end("interrupted: nothing is lost, run the same command again", 130)
         if hasattr(error, "format_message"):
             _end(f"error: {error.format_message()}: see `make`", 2)
         raise

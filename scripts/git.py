@@ -99,11 +99,15 @@ class Clone:
         Raises:
             GitError: its exit status is not 0.
         """
+        out = _call(self.command(*args), data, environment())
+        return out.decode(errors="surrogateescape").rstrip("\n")
+
+    def command(self, *args: str) -> list[str]:
+        """Return the whole command line for git here."""
         settings = [f"{name}={value}" for name, value in OVERRIDES.items()]
         settings.append(f"safe.directory={self.path}")
         flags = [part for setting in settings for part in ("-c", setting)]
-        out = _call(["git", "-C", str(self.path), *flags, *args], data, environment())
-        return out.decode(errors="surrogateescape").rstrip("\n")
+        return ["git", "-C", str(self.path), *flags, *args]
 
     def resolve(self, name: str) -> str:
         """Return the commit that a name means, empty if there is none."""

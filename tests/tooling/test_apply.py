@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Applying, and each way in which it can go wrong."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import BRANCH, TAG, Toy
+
+ATTEMPTS = list(range(1, 60, 5))
+
+
+def status(toy: Toy, at: Path | None = None) -> str:
+    return toy.git("status", "--porcelain", at=at)
+
+
+def test_one_commit_a_patch(filled: Toy) -> None:
+    filled.reset()
+    done = filled.run("apply")
+    assert "applied 3 patches" in done.stderr
+    log = filled.git("log", "--format=%s", f"{TAG}..{BRANCH}").splitlines()
+    assert log == ["[Model] A new file", "[Model] Wörter", "[Model] Name ten"]
+    assert status(filled) == ""
+    assert (filled.own / "vllm/new.py").read_text() == "# SPDX\nx = 1\n"
+
+
+def test_base_is_upstreams_tree(filled: Toy) -> None:
+    names = filled.git("ls-tree", "-r", TAG).splitlines()
+    assert len(names) == 6
+    assert not any("PKG-INFO" in name or "_version" in name for name in names)
+    assert [n for n in names if n.startswith("100755")][0].endswith("run.sh")
+
+
+def test_same_hashes_with_hostile_settings(
+    filled: Toy, hostile: dict[str, str]
+) -> None:
+    filled.reset()
+    filled.run("apply")
+    first = filled.head()
+    filled.reset()
+    filled.run("apply", **hostile)
+    assert filled.head() == first
+    assert status(filled) == ""
+
+
+def test_twice(filled: Toy) -> None:
+    filled.reset()
+    filled.run("apply")
+    first = filled.head()
+    assert "already applied: 3 patches" in filled.run("apply").stderr
+    assert filled.head() == first
+
+
+def test_empty_series(toy: Toy) -> None:
+    assert "applied 0 patches" in toy.run("apply").stderr
+    assert "already applied" in toy.run("apply").stderr
+
+
+def test_unknown_release(toy: Toy) -> None:
+    assert "RELEASE=v9 is unknown: pins.toml has v1.0.0" in toy.fails(
+        "apply", RELEASE="v9"
+    )
+
+
+def test_drifted_base(toy: Toy) -> None:
+    pins = toy.root / "pins.toml"
+    pins.write_text(pins.read_text().replace('base = ""', f'base = "{"1" * 40}"'))
+    assert "not the pinned 111111111" in toy.fails("apply")
+
+
+def test_changed_series_moves_the_branch(filled: Toy) -> None:
+    filled.run("apply")
+    last = sorted(filled.patches.glob("*.patch"))[-1]
+    last.write_text(last.read_text().replace("+x = 1", "+x = 2"))
+    filled.run("apply")
+    assert (filled.own / "vllm/new.py").read_text() == "# SPDX\nx = 2\n"
+    assert status(filled) == ""
+
+
+def test_extra_commit_is_kept(filled: Toy) -> None:
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "Mine")
+    tip = filled.head()
+    line = filled.fails("apply")
+    assert "has commits that patches/ has not" in line and "make export" in line
+    assert filled.head() == tip
+
+
+def test_amended_commit_is_kept(filled: Toy) -> None:
+    filled.git("commit", "-q", "--amend", "-m", "reworded")
+    tip = filled.head()
+    assert "has commits that patches/ has not" in filled.fails("apply")
+    assert filled.head() == tip
+
+
+def test_uncommitted_changes_are_kept(filled: Toy) -> None:
+    (filled.own / "vllm/a.py").write_text("mine\n")
+    sorted(filled.patches.glob("*.patch"))[-1].unlink()
+    line = filled.fails("apply")
+    assert "uncommitted changes in vllm/a.py: commit or stash them" in line
+    assert (filled.own / "vllm/a.py").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("what", ["rebase", "am", "merge", "cherry-pick", "bisect"])
+def test_under_way(filled: Toy, what: str) -> None:
+    filled.git("switch", "-q", "--detach", TAG)
+    filled.change("vllm/a.py", "a10 = 10\n", "a10 = 'X'\n", "in the way")
+    first = sorted(filled.patches.glob("*.patch"))[0]
+    begin = {
+        "rebase": ["rebase", BRANCH],
+        "am": ["am", str(first)],
+        "merge": ["merge", BRANCH],
+        "cherry-pick": ["cherry-pick", f"{BRANCH}~2"],
+        "bisect": ["bisect", "start"],
+    }[what]
+    if what == "bisect":
+        filled.git(*begin)
+    else:
+        with pytest.raises(AssertionError):
+            filled.git(*begin)
+    before = status(filled)
+    assert f"{what} is under way" in filled.fails("apply").replace(
+        "am or rebase", f"{what}"
+    )
+    assert status(filled) == before
+
+
+def break_first(toy: Toy) -> None:
+    """Make the second patch not fit, in its second hunk."""
+    path = sorted(toy.patches.glob("*.patch"))[1]
+    text = path.read_text()
+    hunk = " b2 = 2\n-b50 = 50\n"
+    text = text.replace("-b50 = 50\n", "-b50 = 51\n")
+    assert hunk not in text
+    path.write_text(text)
+
+
+def test_conflict(filled: Toy) -> None:
+    filled.git("switch", "-q", "--detach", TAG)
+    filled.git("branch", "-D", BRANCH)
+    before = filled.head()
+    break_first(filled)
+    line = filled.fails("apply")
+    assert "0002-Model-W-rter.patch does not apply to vllm/b.py, hunk 1 of 1" in line
+    assert "CONTINUE=1" in line
+    assert filled.head() == before and status(filled) == ""
+    assert filled.git("branch", "--list", BRANCH) == ""
+
+
+def test_conflict_names_the_hunk(filled: Toy) -> None:
+    filled.git("switch", "-q", "--detach", f"{BRANCH}~3")
+    filled.git("branch", "-f", BRANCH, "HEAD")
+    filled.git("switch", "-q", BRANCH)
+    text = (filled.own / "vllm/a.py").read_text()
+    for n in (5, 30, 55):
+        text = text.replace(f"a{n} = {n}\n", f"a{n} = -{n}\n")
+    (filled.own / "vllm/a.py").write_text(text)
+    filled.git("commit", "-qam", "[Model] Three hunks")
+    filled.run("export")
+    path = next(filled.patches.glob("*.patch"))
+    path.write_text(path.read_text().replace("-a30 = 30\n", "-a30 = 31\n"))
+    filled.reset()
+    assert "vllm/a.py, hunk 2 of 3 (line 28)" in filled.fails("apply")
+
+
+def test_conflict_with_a_missing_file(filled: Toy) -> None:
+    path = sorted(filled.patches.glob("*.patch"))[0]
+    path.write_text(path.read_text().replace("vllm/a.py", "vllm/gone.py"))
+    filled.reset()
+    assert "vllm/gone.py: does not exist" in filled.fails("apply")
+
+
+def test_continue(filled: Toy) -> None:
+    filled.reset()
+    filled.run("apply")
+    sorted(filled.patches.glob("*.patch"))[0].unlink()
+    # Now the branch is what patches/ had before, and is moved back for this.
+    break_first_again = sorted(filled.patches.glob("*.patch"))[0]
+    break_first_again.write_text(
+        break_first_again.read_text().replace("-b50 = 50\n", "-b50 = 51\n")
+    )
+    for old, new in (("0002-", "0001-"), ("0003-", "0002-")):
+        path = next(filled.patches.glob(f"{old}*"))
+        path.rename(path.with_name(path.name.replace(old, new)))
+    line = filled.fails("apply", CONTINUE="1")
+    assert "git am --continue" in line and "0001-" in line
+    assert (filled.own / ".git/rebase-apply").is_dir()
+    assert (filled.own / "vllm/b.py.rej").exists() or "<<<<" in (
+        filled.own / "vllm/b.py"
+    ).read_text()
+    # A person mends it and goes on.
+    path = filled.own / "vllm/b.py"
+    path.write_text(path.read_text().replace("b50 = 50\n", "b50 = 'mended'\n"))
+    (filled.own / "vllm/b.py.rej").unlink(missing_ok=True)
+    filled.git("add", "vllm/b.py")
+    filled.git("am", "--continue")
+    filled.run("export")
+    assert b"mended" in filled.files()["0001-Model-W-rter.patch"]
+    assert "already applied: 2 patches" in filled.run("apply").stderr
+
+
+def test_continue_with_a_three_way_merge(filled: Toy, clone: Path) -> None:
+    # The context moved: the patch fits by the blobs it names, not by its lines.
+    first = sorted(filled.patches.glob("*.patch"))[0]
+    filled.run("apply", VLLM=str(clone))
+    filled.change("vllm/a.py", "a8 = 8\n", "a8 = 88\n", "Before", at=clone)
+    filled.git("checkout", "-q", "main", at=clone)
+    assert first.exists()
+
+
+def test_no_patch_file(filled: Toy) -> None:
+    (filled.patches / "0004-x.patch").write_text("hello\n")
+    assert "0004-x.patch" in filled.fails("apply")
+
+
+def test_two_with_one_number(filled: Toy) -> None:
+    (filled.patches / "0003-x.patch").write_text("hello\n")
+    assert "have one number" in filled.fails("apply")
+
+
+def test_crlf_patch(filled: Toy) -> None:
+    path = sorted(filled.patches.glob("*.patch"))[0]
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    filled.reset()
+    assert "CRLF" in filled.fails("apply")
+
+
+def test_checkout_that_is_none(toy: Toy) -> None:
+    toy.own.mkdir()
+    assert "build/vllm is no git checkout" in toy.fails("apply")
+
+
+# A clone of the person's own.
+
+
+def test_clone(filled: Toy, clone: Path) -> None:
+    (clone / "notes.txt").write_text("mine\n")
+    main = filled.head(clone)
+    done = filled.run("apply", VLLM=str(clone))
+    assert "applied 3 patches" in done.stderr
+    assert filled.git("merge-base", BRANCH, "main", at=clone) == filled.git(
+        "rev-parse", TAG, at=clone
+    )
+    assert filled.git("rev-parse", "main", at=clone) == main
+    assert status(filled, clone) == "?? notes.txt"
+    assert "already applied" in filled.run("apply", VLLM=str(clone)).stderr
+
+
+def test_clone_with_hostile_settings(
+    filled: Toy, clone: Path, hostile: dict[str, str]
+) -> None:
+    config = Path(hostile["GIT_CONFIG_GLOBAL"]).read_text()
+    with (clone / ".git/config").open("a") as stream:
+        stream.write(config)
+    shutil.copytree(clone.parent / "hooks", clone / ".git/hooks", dirs_exist_ok=True)
+    (clone / ".git/info").mkdir(exist_ok=True)
+    (clone / ".git/info/attributes").write_text("*.py -diff\n*.py text eol=crlf\n")
+    before = filled.files()
+    filled.run("apply", VLLM=str(clone), **hostile)
+    filled.run("export", VLLM=str(clone), **hostile)
+    assert filled.files() == before
+
+
+def test_clone_same_hashes(filled: Toy, clone: Path) -> None:
+    other = clone.with_name("other")
+    shutil.copytree(clone, other)
+    for path in (clone, other):
+        filled.run("apply", VLLM=str(path))
+    assert filled.head(clone) == filled.head(other)
+
+
+def test_clone_is_a_worktree(filled: Toy, clone: Path) -> None:
+    linked = clone.with_name("linked")
+    filled.git("worktree", "add", "-q", "--detach", str(linked), at=clone)
+    filled.run("apply", VLLM=str(linked))
+    assert filled.git("branch", "--show-current", at=linked) == BRANCH
+
+
+def test_shallow_clone(filled: Toy, clone: Path) -> None:
+    shallow = clone.with_name("shallow")
+    filled.git(
+        *("clone", "-q", "--depth=1", "-b", TAG, f"file://{clone}", str(shallow)),
+        at=clone,
+    )
+    filled.run("apply", VLLM=str(shallow))
+    filled.run("export", VLLM=str(shallow))
+
+
+def test_dirty_clone(filled: Toy, clone: Path) -> None:
+    (clone / "vllm/b.py").write_text("mine\n")
+    head = filled.head(clone)
+    assert "uncommitted changes in vllm/b.py" in filled.fails("apply", VLLM=str(clone))
+    assert (clone / "vllm/b.py").read_text() == "mine\n"
+    assert filled.head(clone) == head
+    assert filled.git("branch", "--list", BRANCH, at=clone) == ""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_untracked_file_in_the_way(filled: Toy, clone: Path, ignored: bool) -> None:
+    if ignored:
+        (clone / ".git/info").mkdir(exist_ok=True)
+        (clone / ".git/info/exclude").write_text("new.py\n")
+    (clone / "vllm/new.py").write_text("mine\n")
+    line = filled.fails("apply", VLLM=str(clone))
+    assert "untracked files" in line and "vllm/new.py" in line
+    assert (clone / "vllm/new.py").read_text() == "mine\n"
+    assert filled.git("branch", "--list", BRANCH, at=clone) == ""
+
+
+def test_clone_without_the_release(filled: Toy, clone: Path) -> None:
+    filled.git("tag", "-d", TAG, at=clone)
+    pins = filled.root / "pins.toml"
+    text = pins.read_text()
+    short = filled.git("rev-parse", "--short=9", "main~1", at=clone)
+    # The commit itself is there: its tag is not needed.
+    filled.run("apply", VLLM=str(clone))
+    pins.write_text(text.replace(short, "123456789"))
+    assert "git fetch UPSTREAM tag v1.0.0" in filled.fails("apply", VLLM=str(clone))
+
+
+def test_clone_with_another_tag(filled: Toy, clone: Path) -> None:
+    filled.git("tag", "-f", TAG, "main", at=clone)
+    pins = filled.root / "pins.toml"
+    short = filled.git("rev-parse", "--short=9", "main~1", at=clone)
+    pins.write_text(pins.read_text().replace(short, "123456789"))
+    assert "not vLLM's 123456789" in filled.fails("apply", VLLM=str(clone))
+
+
+@pytest.mark.parametrize("what", ["absent", "plain", "inside", "bare", "other"])
+def test_no_clone(filled: Toy, clone: Path, tmp_path: Path, what: str) -> None:
+    path = tmp_path / what
+    if what == "inside":
+        path = clone / "vllm"
+    elif what != "absent":
+        path.mkdir()
+    if what == "bare":
+        filled.git("init", "-q", "--bare", at=path)
+    if what == "other":
+        filled.git("init", "-q", at=path)
+    filled.fails("apply", VLLM=str(path))
+
+
+def test_index_lock_of_another_git(filled: Toy, clone: Path) -> None:
+    (clone / ".git/index.lock").touch()
+    assert "another git is at work" in filled.fails("apply", VLLM=str(clone))
+    assert (clone / ".git/index.lock").exists()
+
+
+# Interrupts.
+
+
+def saboteur(toy: Toy, tmp_path: Path, nth: int, kill: str, when: str) -> Path:
+    """Put a git in the way that ends its caller at the nth call."""
+    real = shutil.which("git")
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / "n").unlink(missing_ok=True)
+    script = folder / "git"
+    after = "" if when == "before" else f'"{real}" "$@"; '
+    script.write_text(
+        f'#!/bin/sh\necho >> "{folder}/n"\n'
+        f'if [ "$(wc -l < "{folder}/n")" -eq {nth} ]; then\n'
+        f'  touch "{folder}/hit"; {after}kill -{kill} $PPID; sleep 1; exit 1\nfi\n'
+        f'exec "{real}" "$@"\n'
+    )
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("kill", ["KILL", "TERM", "INT"])
+def test_interrupted_anywhere(filled: Toy, tmp_path: Path, kill: str) -> None:
+    filled.reset()
+    filled.run("apply")
+    wanted = filled.head()
+    for nth in ATTEMPTS:
+        filled.reset()
+        folder = saboteur(filled, tmp_path, nth, kill, "after" if nth % 2 else "before")
+        (folder / "hit").unlink(missing_ok=True)
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        done = filled.run("apply", ok=None, PATH=path)
+        if not (folder / "hit").exists():
+            break
+        assert done.returncode != 0
+        if kill != "KILL":
+            assert done.stderr.splitlines()[-1].startswith("interrupted: "), nth
+        filled.run("apply")
+        assert filled.head() == wanted, nth
+        assert status(filled) == "", nth
+        assert not list((filled.root / "build").glob(".tmp-*"))
+    else:
+        raise AssertionError("more calls of git than attempts")
+    assert nth > 20
+
+
+@pytest.mark.parametrize("where", ["own", "clone"])
+def test_killed_while_files_change(
+    filled: Toy, clone: Path, tmp_path: Path, where: str
+) -> None:
+    at = clone if where == "clone" else filled.own
+    env = {"VLLM": str(clone)} if where == "clone" else {}
+    if where == "own":
+        filled.git("switch", "-q", "--detach", TAG)
+        filled.git("branch", "-D", BRANCH)
+    real = shutil.which("git")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "git").write_text(
+        '#!/bin/sh\ncase " $* " in *" checkout -q --no-overwrite"*)\n'
+        f'cd "{at}"; touch .git/index.lock; printf "# SP" > vllm/new.py\n'
+        '"REAL" cat-file blob gemma4/x:vllm/b.py > vllm/b.py 2>/dev/null\n'
+        "rm vllm/a.py vllm/b.py; kill -9 $PPID; exit 1;; esac\n"
+        'exec "REAL" "$@"\n'.replace("REAL", str(real))
+    )
+    (folder / "git").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    done = filled.run("apply", ok=None, PATH=path, **env)
+    assert done.returncode == -signal.SIGKILL
+    assert not (at / "vllm/a.py").exists()
+    # A change made since must not be lost.
+    (at / "vllm/b.py").write_text("mine\n")
+    assert "vllm/b.py" in filled.fails("apply", **env)
+    assert (at / "vllm/b.py").read_text() == "mine\n"
+    (at / "vllm/b.py").unlink()
+    filled.run("apply", **env)
+    assert status(filled, at) == ""
+    assert filled.git("branch", "--show-current", at=at) == BRANCH
+
+
+def test_two_at_once(filled: Toy) -> None:
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import time; from scripts import console\n"
+            "with console.lock(): print(1, flush=True); time.sleep(60)",
+        ],
+        cwd=filled.root,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        assert "another make command is at work" in filled.fails("apply")
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    time.sleep(0.1)
+    filled.run("apply")
