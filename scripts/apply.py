@@ -177,12 +177,7 @@ def contents(clone: Clone, base: str, tip: str) -> list[series.Content] | None:
         before = row[0]
     if before != tip:
         return None
-    return [
-        series.content(
-            clone("cat-file", "commit", row[0]).encode(errors="surrogateescape")
-        )
-        for row in rows
-    ]
+    return [series.content(clone.raw(row[0])) for row in rows]
 
 
 def applied_ref(release: Release) -> str:

@@ -98,19 +98,18 @@ def _check(
     clone: Clone, base: str, listed: list[str], files: list[Path], folder: Path
 ) -> None:
     """Refuse commits that would come back different from their patches."""
-    again = series.derive(clone, base, files, folder)
-    for one, other in zip(listed, again, strict=True):
-        was, now = (
-            series.content(
-                clone("cat-file", "commit", name).encode(errors="surrogateescape")
-            )
-            for name in (one, other)
-        )
+    try:
+        again = series.derive(clone, base, files, folder)
+    except series.Conflict as halt:
+        again = halt.good
+    for at, commit in enumerate(listed):
+        was = series.content(clone.raw(commit))
+        now = series.content(clone.raw(again[at])) if at < len(again) else None
         if was != now:
-            what = "message" if was.tree == now.tree else "files"
+            what = "message" if now and was.tree == now.tree else "change"
             title = was.message.split("\n")[0]
             raise Failure(
-                f'the {what} of {one[:12]} "{title}" would not survive as a patch',
+                f'the {what} of {commit[:12]} "{title}" would not survive as a patch',
                 "look for lines such as `---` or `diff -` in its message",
             )
 

@@ -24,7 +24,7 @@ from scripts.console import BUILD, Failure, err, say, show
 from scripts.pins import File
 
 CACHE = BUILD / "cache"
-CHUNK = 1 << 18
+CHUNK = 1 << 14
 
 
 def pip_setting(name: str) -> str:

@@ -102,6 +102,11 @@ class Clone:
         out = _call(self.command(*args), data, environment())
         return out.decode(errors="surrogateescape").rstrip("\n")
 
+    def raw(self, commit: str) -> bytes:
+        """Return a commit object as git stores it."""
+        said = self("cat-file", "commit", commit)
+        return said.encode(errors="surrogateescape")
+
     def command(self, *args: str) -> list[str]:
         """Return the whole command line for git here."""
         settings = [f"{name}={value}" for name, value in OVERRIDES.items()]

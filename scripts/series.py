@@ -243,8 +243,5 @@ def write(clone: Clone, commits: list[str], folder: Path, out: Path) -> list[Pat
             "-1",
             commit,
         )
-        path = Path(named.decode().strip())
-        # Some versions of git end a patch with an empty line for the signature.
-        path.write_bytes(path.read_bytes().rstrip(b"\n") + b"\n")
-        files.append(path)
+        files.append(Path(named.decode().strip()))
     return files

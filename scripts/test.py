@@ -175,7 +175,7 @@ def checkpoint(target: Host) -> dict[str, str]:
             BUILD / "tiny.log",
             "building a tiny checkpoint",
         )
-        image = path.with_name(IMAGE)
+        image = path.parent / IMAGE
         image.parent.mkdir(parents=True, exist_ok=True)
         draw = (
             f"from PIL import Image; Image.new('RGB', (640, 480)).save({str(image)!r})"

@@ -27,6 +27,9 @@ TREE = {
     "tests/test_a.py": "def test_a():\n    pass\n",
     ".gitignore": "*.so\n/vllm/_version.py\n__pycache__/\n",
     "run.sh": "#!/bin/sh\n",
+    "data.txt": "".join(
+        hashlib.sha256(b"%d" % n).hexdigest() + "\n" for n in range(3000)
+    ),
 }
 GENERATED = {"PKG-INFO": "Name: vllm\n", "vllm/_version.py": "version = '1.0.0'\n"}
 MESSAGE = """[Model] {title}
