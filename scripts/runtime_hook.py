@@ -6,20 +6,24 @@
 each start of the interpreter, so it imports next to nothing.
 """
 
-import importlib.abc
+from __future__ import annotations
+
 import importlib.machinery
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+    from typing import Any
 
 SETTINGS = os.path.join(os.path.dirname(__file__), "vllm_gemma4_runtime.json")
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Find a few modules elsewhere than the path says."""
 
     def __init__(self, modules: dict[str, str], schemas: bool) -> None:
@@ -38,12 +42,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         if self.schemas and fullname == "torchvision.extension":
             spec = importlib.machinery.PathFinder.find_spec(fullname, path)
             if spec and spec.loader:
-                spec.loader = _Schemas(spec.loader)
+                spec.loader = _Schemas(spec.loader)  # type: ignore[assignment]
             return spec
         return None
 
 
-class _Schemas(importlib.abc.Loader):
+class _Schemas:
     """Give CPU torch the operators that a CUDA torchvision cannot load.
 
     torchvision registers fake kernels for them when it is imported and dies if
@@ -88,7 +92,8 @@ def install() -> None:
         if checkout in sys.path:
             sys.path.remove(checkout)
         sys.path.insert(0, checkout)
-    sys.meta_path.insert(0, _Finder(settings["modules"], settings["schemas"]))
+    finder = _Finder(settings["modules"], settings["schemas"])
+    sys.meta_path.insert(0, finder)
 
 
 install()

@@ -35,8 +35,11 @@ NEIGHBOURS = (
     "tests/v1/core/test_prefix_caching.py::test_mm_prefix_caching",
     "tests/renderers/test_gemma4_chat_template.py",
 )
-# An image that a neighbour would download.
-IMAGE = "vllm_public_assets/stop_sign.jpg"
+# Images that a neighbour would download.
+DRAW = (
+    "import sys; from PIL import Image as i; i.new('RGB', (64, 48)).save(sys.argv[1])"
+)
+IMAGES = ("stop_sign.jpg", "cherry_blossom.jpg")
 
 # A tiny checkpoint stands in for the one that upstream's tests name.
 REDIRECT = "google/gemma-4-E2B-it"
@@ -163,7 +166,7 @@ def checkpoint(target: Host) -> dict[str, str]:
     source = (ROOT / "scripts" / "tiny_gemma4.py").read_text()
     stamp = path.with_name(path.name + ".py")
     redirect = path.with_name("redirect.json")
-    if not stamp.exists() or stamp.read_text() != source:
+    if not stamp.exists() or stamp.read_text() != source + DRAW:
         console.remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         console.logged(
@@ -175,16 +178,19 @@ def checkpoint(target: Host) -> dict[str, str]:
             BUILD / "tiny.log",
             "building a tiny checkpoint",
         )
-        image = path.parent / IMAGE
-        image.parent.mkdir(parents=True, exist_ok=True)
-        draw = (
-            f"from PIL import Image; Image.new('RGB', (640, 480)).save({str(image)!r})"
-        )
-        console.logged(
-            [str(target.python), "-c", draw], BUILD / "tiny.log", "drawing an image"
-        )
+        assets = path.with_name("vllm_public_assets")
+        assets.mkdir(exist_ok=True)
+        for name in IMAGES:
+            console.logged(
+                [
+                    *(str(target.python), "-c", DRAW),
+                    str(assets / name),
+                ],
+                BUILD / "tiny.log",
+                "drawing an image",
+            )
         redirect.write_text(json.dumps({REDIRECT: str(path)}))
-        stamp.write_text(source)
+        stamp.write_text(source + DRAW)
     return {
         "VLLM_MODEL_REDIRECT_PATH": str(redirect),
         "VLLM_ASSETS_CACHE": str(path.parent),

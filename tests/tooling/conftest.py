@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,7 +137,7 @@ class Toy:
         return self.root / "patches" / TAG
 
     def run(
-        self, verb: str, *, ok: bool | None = True, **env: str
+        self, verb: str, *, ok: bool | None = True, **env: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a verb; with ok=False it must fail in one line without a traceback."""
         done = subprocess.run(

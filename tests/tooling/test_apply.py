@@ -33,7 +33,7 @@ def test_base_is_upstreams_tree(filled: Toy) -> None:
     names = filled.git("ls-tree", "-r", TAG).splitlines()
     assert len(names) == 7
     assert not any("PKG-INFO" in name or "_version" in name for name in names)
-    assert [n for n in names if n.startswith("100755")][0].endswith("run.sh")
+    assert next(n for n in names if n.startswith("100755")).endswith("run.sh")
 
 
 def test_same_hashes_with_hostile_settings(

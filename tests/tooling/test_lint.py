@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules for patches, one by one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TREE, Toy
+
+sys.path.insert(0, str(ROOT))
+
+from scripts import lint
+
+GOOD = """\
+From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: P <p@example.invalid>
+Date: Fri, 1 May 2026 00:00:00 +0000
+Subject: [PATCH] [Model][Multimodal] Say what it does
+
+Purpose: it says why, in
+two lines.
+
+Test Plan: run this.
+
+Test Result: it passed.
+
+Upstream-Status: Pending
+---
+diff --git a/vllm/a.py b/vllm/a.py
+index 1111111..2222222 100644
+--- a/vllm/a.py
++++ b/vllm/a.py
+@@ -10,3 +10,4 @@ def f():
+ one
+-two
++three
++--four
+ five
+diff --git a/vllm/new.py b/vllm/new.py
+new file mode 100644
+index 0000000..2222222
+--- /dev/null
++++ b/vllm/new.py
+@@ -0,0 +1,2 @@
++# SPDX-License-Identifier: Apache-2.0
++x = 1
+"""
+
+
+def findings(text: str) -> list[str]:
+    patch = lint.parse(text)
+    return [*lint.header(patch), *lint.text(patch)]
+
+
+def test_good() -> None:
+    assert findings(GOOD) == []
+    patch = lint.parse(GOOD)
+    assert patch.files == ["vllm/a.py", "vllm/new.py"]
+    assert ("vllm/a.py", 12, "--four") in patch.added
+    assert patch.lines == 5
+
+
+LONG = "x" * 30 + " y" * 30
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("[Model][Multimodal] ", "", "the subject is not"),
+        ("[Model][Multimodal] ", "model: ", "the subject is not"),
+        ("Say what it does", "Say what it does " * 4, "columns, more than 72"),
+        ("Say what it does", "Say\n what " + "it does " * 9, "columns, more than 72"),
+        ("Purpose:", "Why:", "has no `Purpose:`"),
+        ("Test Plan:", "Plan:", "has no `Test Plan:`"),
+        ("Test Result:", "Result:", "has no `Test Result:`"),
+        ("Test Plan: run this.", "Test Plan:", "`Test Plan:` is empty"),
+        ("Test Result: it passed.", "Test Result:\n", "`Test Result:` is empty"),
+        ("Test Plan: run this.\n\n", "", "has no `Test Plan:`"),
+        (
+            "Test Plan: run this.\n\nTest Result: it passed.",
+            "Test Result: it passed.\n\nTest Plan: run this.",
+            "`Test Result:` is not in the order",
+        ),
+        ("Upstream-Status: Pending\n", "", "has 0 `Upstream-Status:`"),
+        ("Status: Pending", "Status: Maybe", "is none of Pending"),
+        ("Status: Pending", "Status: Submitted", "is none of Pending"),
+        ("Status: Pending", "Status: Backport", "is none of Pending"),
+        ("Pending\n", "Pending\n\nMore words.\n", "not in the message's last"),
+        ("Pending\n", "Pending\nSigned-off-by: P <p@x>\n", "has a Signed-off-by"),
+        ("two lines.", LONG, "a line of the message has 90 columns"),
+        ("+three", "+three ", "vllm/a.py:11: trailing whitespace"),
+        ("+three", "+three\r", "vllm/a.py:11: CRLF"),
+        ("+three", "+  \tthree", "vllm/a.py:11: space before tab"),
+        ("+three", "+three\t3", "vllm/a.py:11: tab"),
+        ("+three", "+" + LONG, "vllm/a.py:11: 90 columns"),
+        ("+# SPDX-License-Identifier: Apache-2.0", "+y", "vllm/new.py:1: no SPDX"),
+    ],
+)
+def test_rule(old: str, new: str, said: str) -> None:
+    assert old in GOOD
+    assert any(said in line for line in findings(GOOD.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        "Pending [to be sent with the tower]",
+        "Submitted [vllm-project/vllm#1]",
+        "Backport [0.33.0]",
+        "Inappropriate [only for this release]",
+    ],
+)
+def test_status(status: str) -> None:
+    assert findings(GOOD.replace("Pending", status)) == []
+
+
+def test_size_counts_neither_tests_nor_docs() -> None:
+    moved = GOOD.replace("vllm/new.py", "tests/new.py").replace("vllm/a.py", "docs/a")
+    assert lint.parse(moved).lines == 0
+
+
+def test_numbering() -> None:
+    names = [Path("0001-a.patch"), Path("0003-b.patch")]
+    assert list(lint.numbering(names)) == ["0003-b.patch: the number should be 0002"]
+    assert list(lint.numbering(names[:1])) == []
+
+
+HOOK = """
+import sys
+for name in sys.argv[1:]:
+    if "bad" in open(name).read():
+        print(f"{name}:1: bad word")
+        sys.exit(1)
+"""
+CONFIG = """
+exclude: '^skipped/'
+repos:
+- repo: local
+  hooks:
+  - {id: bad, name: bad, language: python, entry: python tools/bad.py, types: [python]}
+"""
+
+
+@pytest.fixture
+def upstream(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A toy whose release has hooks of its own."""
+    import hashlib
+
+    import conftest
+
+    path = toy.root / "build" / "cache" / "vllm-1.0.0.tar.gz"
+    pins = toy.root / "pins.toml"
+    was = hashlib.sha256(path.read_bytes()).hexdigest()
+    more = {".pre-commit-config.yaml": CONFIG, "tools/bad.py": HOOK}
+    pins.write_text(pins.read_text().replace(was, conftest.sdist(path, TREE | more)))
+    toy.run("apply")
+    toy.change("vllm/a.py", "a10 = 10\n", 'a10 = "ten"\n', "Name ten")
+    toy.run("export")
+    return toy
+
+
+def test_series(upstream: Toy) -> None:
+    done = upstream.run("lint", STAGE="patches")
+    assert done.stdout == "" and "lint: clean" in done.stderr
+
+
+def said(toy: Toy) -> str:
+    done = toy.run("lint", ok=None, STAGE="patches")
+    assert done.returncode == 1
+    return done.stdout
+
+
+def test_series_by_upstreams_checks(upstream: Toy) -> None:
+    upstream.change("vllm/b.py", "b1 = 1\n", "import os\nb1 = 'bad'\n", "Bad")
+    upstream.run("export")
+    lines = said(upstream).splitlines()
+    assert any(
+        line.startswith("0002-Model-Bad.patch: vllm/b.py") and "F401" in line
+        for line in lines
+    )
+    assert "0002-Model-Bad.patch: vllm/b.py:1: bad word" in lines
+    assert any("Would reformat: vllm/b.py" in line for line in lines)
+
+
+def test_series_by_typos(upstream: Toy) -> None:
+    upstream.change("vllm/b.py", "b1 = 1\n", "b1 = 1  # teh\n", "Words")
+    upstream.run("export")
+    assert "`teh`" in said(upstream)
+
+
+def test_series_edited_by_hand(upstream: Toy) -> None:
+    path = next(upstream.patches.glob("*.patch"))
+    path.write_text(path.read_text() + "-- \n2.39\n")
+    assert "not as `make export` writes it" in said(upstream)
+
+
+def test_series_misnamed(upstream: Toy) -> None:
+    path = next(upstream.patches.glob("*.patch"))
+    path.rename(path.with_name("0001-other.patch"))
+    assert "the name should be 0001-Model-Name-ten.patch" in said(upstream)
+
+
+def test_series_that_does_not_apply(upstream: Toy) -> None:
+    path = next(upstream.patches.glob("*.patch"))
+    path.write_text(path.read_text().replace("-a10 = 10", "-a10 = 11"))
+    assert "does not apply to vllm/a.py, hunk 1 of 1" in said(upstream)
+
+
+def test_two_with_one_number(upstream: Toy) -> None:
+    path = next(upstream.patches.glob("*.patch"))
+    path.with_name("0001-twice.patch").write_bytes(path.read_bytes())
+    assert "have one number" in said(upstream)
+
+
+def test_crlf(upstream: Toy) -> None:
+    path = next(upstream.patches.glob("*.patch"))
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert "CRLF line ends" in said(upstream)
+
+
+def test_big_patch_is_a_warning(upstream: Toy) -> None:
+    rows = "# SPDX-License-Identifier: Apache-2.0\n" + "x = 1\n" * 260
+    upstream.change("vllm/new.py", "", rows, "Big")
+    upstream.run("export")
+    done = upstream.run("lint", STAGE="patches")
+    assert "261 lines outside of tests and docs" in done.stderr
