@@ -290,7 +290,12 @@ def _call(command: list[str], cwd: Path) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
     if not done.returncode:
         return []
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    plain = re.sub("\x1b\\[[0-9;]*m", "", done.stdout + done.stderr)
+    said = [
+        line.rstrip()
+        for line in plain.splitlines()
+        if line.strip() and not line.startswith(("$ ", "Success: ", "Found "))
+    ]
     return said or [f"{shlex.join(command[:3])} failed with {done.returncode}"]
 
 

@@ -162,7 +162,7 @@ class Toy:
         done = self.run(verb, ok=False, **env)
         return done.stderr.splitlines()[-1]
 
-    def environ(self, **env: str) -> dict[str, str]:
+    def environ(self, **env: str) -> dict[str, Any]:
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -293,7 +293,7 @@ def clone(filled: Toy, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hostile(tmp_path: Path) -> dict[str, str]:
+def hostile(tmp_path: Path) -> dict[str, Any]:
     """Settings, hooks and variables that must not matter."""
     hooks = tmp_path / "hooks"
     hooks.mkdir()

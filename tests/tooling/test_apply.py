@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import BRANCH, TAG, Toy
@@ -37,7 +38,7 @@ def test_base_is_upstreams_tree(filled: Toy) -> None:
 
 
 def test_same_hashes_with_hostile_settings(
-    filled: Toy, hostile: dict[str, str]
+    filled: Toy, hostile: dict[str, Any]
 ) -> None:
     filled.reset()
     filled.run("apply")
@@ -251,7 +252,7 @@ def test_clone(filled: Toy, clone: Path) -> None:
 
 
 def test_clone_with_hostile_settings(
-    filled: Toy, clone: Path, hostile: dict[str, str]
+    filled: Toy, clone: Path, hostile: dict[str, Any]
 ) -> None:
     config = Path(hostile["GIT_CONFIG_GLOBAL"]).read_text()
     with (clone / ".git/config").open("a") as stream:
@@ -401,7 +402,7 @@ def test_killed_while_files_change(
     filled: Toy, clone: Path, tmp_path: Path, where: str
 ) -> None:
     at = clone if where == "clone" else filled.own
-    env = {"VLLM": str(clone)} if where == "clone" else {}
+    env: dict[str, Any] = {"VLLM": str(clone)} if where == "clone" else {}
     if where == "own":
         filled.git("switch", "-q", "--detach", TAG)
         filled.git("branch", "-D", BRANCH)

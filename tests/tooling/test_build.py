@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TAG, TREE, Toy, sdist
@@ -70,7 +71,7 @@ def snapshot(python: Path) -> dict[str, bytes]:
     }
 
 
-def interpreter(toy: Toy, theirs: Path, **env: str) -> Path:
+def interpreter(toy: Toy, theirs: Path, **env: Any) -> Path:
     done = toy.run("build_print", PYTHON=str(theirs), **env)
     return Path(done.stdout.strip())
 

@@ -4,6 +4,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import BRANCH, MESSAGE, TAG, Toy
@@ -18,7 +19,7 @@ def test_round_trip(filled: Toy) -> None:
     assert filled.files() == before
 
 
-def test_hostile_settings(filled: Toy, hostile: dict[str, str]) -> None:
+def test_hostile_settings(filled: Toy, hostile: dict[str, Any]) -> None:
     before = filled.files()
     filled.reset()
     filled.run("apply", **hostile)
