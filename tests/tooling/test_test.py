@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running tests, and the Makefile around it all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Toy
+
+sys.path.insert(0, str(ROOT))
+
+from scripts import pins
+from scripts import test as runner
+
+TESTS = """
+import pytest
+
+def test_good(): pass
+def test_bad(): assert 0, "the reason"
+def test_skipped(): pytest.skip("no")
+@pytest.mark.xfail
+def test_expected(): assert 0
+@pytest.fixture
+def broken(): raise ValueError
+def test_error(broken): pass
+"""
+
+
+def tooling(toy: Toy, text: str) -> None:
+    folder = toy.root / "tests" / "tooling"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test_x.py").write_text(text)
+
+
+def test_counts_and_shows_failures(toy: Toy) -> None:
+    tooling(toy, TESTS)
+    done = toy.run("test", ok=None, STAGE="tooling")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "1 passed, 2 failed, 2 skipped"
+    assert "the reason" in done.stderr and "::test_bad" in done.stderr
+
+
+def test_quiet_when_all_is_well(toy: Toy) -> None:
+    tooling(toy, "def test_good(): print('noise')\n")
+    done = toy.run("test", STAGE="tooling")
+    assert done.stdout == "1 passed, 0 failed, 0 skipped\n"
+    assert "noise" not in done.stderr
+
+
+def test_args(toy: Toy) -> None:
+    tooling(toy, TESTS)
+    done = toy.run("test", STAGE="tooling", ARGS="-k 'good or skipped'")
+    assert done.stdout.splitlines()[-1] == "1 passed, 0 failed, 1 skipped"
+
+
+def test_a_crash_is_a_failure(toy: Toy) -> None:
+    tooling(toy, "import os\ndef test_crash(): os._exit(7)\n")
+    done = toy.run("test", ok=None, STAGE="tooling")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
+
+
+def test_nothing_run_is_a_failure(toy: Toy) -> None:
+    tooling(toy, "")
+    assert toy.run("test", ok=None, STAGE="tooling").returncode == 1
+
+
+def test_unknown_stage(toy: Toy) -> None:
+    assert "STAGE=slow is unknown" in toy.fails("test", STAGE="slow")
+
+
+def test_touched(filled: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled.change("tests/a/test_b.py", "", "# SPDX\n", "A test")
+    filled.change("tests/a/utils.py", "", "# SPDX\n", "No test")
+    filled.run("export")
+    monkeypatch.setattr(pins, "ROOT", filled.root)
+    assert runner.touched(pins.load()) == ["tests/a/test_b.py"]
+
+
+def test_pins_are_whole() -> None:
+    release = pins.load()
+    assert len(release.base) == 40 and len(release.sdist.sha256) == 64
+    for runtime in release.runtimes.values():
+        assert runtime.wheels
+        for wheel in runtime.wheels.values():
+            assert len(wheel.sha256) == 64 and release.version in wheel.name
+        held = ROOT / "scripts" / f"constraints-{release.tag}-{runtime.kind}.txt"
+        rows = [row for row in held.read_text().splitlines() if row[:1] != "#"]
+        assert all(row.count("==") == 1 for row in rows)
+
+
+def make(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *args], cwd=cwd, env=clean | env, capture_output=True, text=True
+    )
+
+
+def test_make_lists_the_targets() -> None:
+    said = make().stdout
+    for target in ("apply", "build", "python", "demo", "test", "export", "lint"):
+        assert f"\n  {target} " in said
+
+
+def test_old_python_is_refused(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import sys, runpy; "
+        "sys.version_info = (3, 10, 1); "
+        'runpy.run_path("scripts/bootstrap.py", run_name="__main__")\'\n'
+    )
+    python.chmod(0o755)
+    done = make("tools", f"PYTHON3={python}")
+    assert done.returncode
+    assert "is Python 3.10.1, 3.11 or newer is needed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_python_is_refused() -> None:
+    done = make("tools", "PYTHON3=no-such-python")
+    assert "error: no no-such-python: install Python 3.11 or newer" in done.stderr
