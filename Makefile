@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help tools apply build python demo test export lint clean
+.PHONY: help tools apply build python demo test export lint
 
 PYTHON3 ?= python3
 export RELEASE VLLM PYTHON DEVICE CONTINUE ARGS STAGE
@@ -44,6 +44,3 @@ export: tools ## write the checkout's commits to patches/
 
 lint: tools ## check scripts/, tests/ and patches/ as vLLM would
 	@$(RUN).lint
-
-clean: ## remove build/ but for the downloads
-	@find build -mindepth 1 -maxdepth 1 ! -name cache -exec rm -rf {} + 2>/dev/null || true

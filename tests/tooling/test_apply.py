@@ -204,13 +204,23 @@ def test_continue(filled: Toy) -> None:
     assert "already applied: 2 patches" in filled.run("apply").stderr
 
 
-def test_continue_with_a_three_way_merge(filled: Toy, clone: Path) -> None:
-    # The context moved: the patch fits by the blobs it names, not by its lines.
-    first = sorted(filled.patches.glob("*.patch"))[0]
-    filled.run("apply", VLLM=str(clone))
-    filled.change("vllm/a.py", "a8 = 8\n", "a8 = 88\n", "Before", at=clone)
-    filled.git("checkout", "-q", "main", at=clone)
-    assert first.exists()
+def test_continue_with_a_three_way_merge(filled: Toy) -> None:
+    # The last patch fits by the blobs that it names, not by its lines.
+    filled.change("vllm/a.py", "a40 = 40\n", "a40 = 'before'\n", "Before")
+    filled.change("vllm/a.py", "a42 = 42\n", "a42 = 'after'\n", "After")
+    filled.run("export")
+    next(filled.patches.glob("0004-*")).unlink()
+    last = next(filled.patches.glob("0005-*"))
+    last.rename(last.with_name(last.name.replace("0005", "0004")))
+    tip = filled.head()
+    assert "0004-Model-After.patch does not apply" in filled.fails("apply")
+    assert filled.head() == tip
+    done = filled.run("apply", CONTINUE="1")
+    assert "a three-way merge made all of it fit" in done.stderr
+    filled.run("export")
+    assert len(filled.files()) == 4
+    text = (filled.own / "vllm/a.py").read_text()
+    assert "'after'" in text and "'before'" not in text
 
 
 def test_no_patch_file(filled: Toy) -> None:
