@@ -102,10 +102,11 @@ def no_space(toy: Toy, after: str) -> None:
     )
 
 
-def test_no_space(toy: Toy, index: Index) -> None:
-    no_space(toy, "10")
+@pytest.mark.parametrize("where", ["build", "build/cache"])
+def test_no_space(toy: Toy, index: Index, where: str) -> None:
+    no_space(toy, f"10 if str(path).endswith('{where}') else 1 << 40")
     line = toy.fails("apply")
-    assert "no space in build" in line and "free some and run this again" in line
+    assert f"no space in {where}:" in line and "free some and run this again" in line
     assert not toy.own.exists()
 
 
