@@ -306,6 +306,11 @@ def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) 
     say("a three-way merge made all of it fit: `make export` writes that to patches/")
 
 
+def count(patches: int) -> str:
+    """Return a number of patches in words."""
+    return f"{patches} patch" if patches == 1 else f"{patches} patches"
+
+
 def apply(release: Release) -> Clone:
     """Bring a checkout to the series.
 
@@ -322,7 +327,7 @@ def apply(release: Release) -> Clone:
     _recover(clone)
     files = series.patches(release.patches)
     where = f"{show(clone.path)} ({release.branch})"
-    count = f"{len(files)} patch{'' if len(files) == 1 else 'es'}"
+    many = count(len(files))
     halt = None
     try:
         with console.scratch() as folder:
@@ -346,7 +351,7 @@ def apply(release: Release) -> Clone:
             )
         clone("update-ref", applied_ref(release), now)
         changed = " (with uncommitted changes)" if clone.dirty() else ""
-        say(f"already applied: {count} in {where}{changed}")
+        say(f"already applied: {many} in {where}{changed}")
         return clone
     refuse_unready(clone)
     if now and not same and now not in (recorded, base):
@@ -360,7 +365,7 @@ def apply(release: Release) -> Clone:
         return clone
     switch(clone, release.branch, now if same else tip)
     clone("update-ref", applied_ref(release), now if same else tip)
-    say(f"applied {count} to {where}, {tip[:12]}")
+    say(f"applied {many} to {where}, {tip[:12]}")
     return clone
 
 

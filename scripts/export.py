@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from scripts import console, pins, series
-from scripts.apply import applied_ref, contents, open_clone, refuse_unready
+from scripts.apply import applied_ref, contents, count, open_clone, refuse_unready
 from scripts.console import Failure, say, show
 from scripts.git import Clone
 from scripts.pins import Release
@@ -89,7 +89,7 @@ def export(release: Release) -> None:
     for name in gone:
         say(f"removed {show(target / name)}")
     say(
-        f"{len(after)} patches in {show(target)}, "
+        f"{count(len(after))} in {show(target)}, "
         f"{len(changed)} written, {len(gone)} removed"
     )
 
