@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ if any(importlib.util.find_spec(name) is None for name in ("torch", "vllm")):
     collect_ignore_glob = ["test_*.py"]
 
 Answers = Callable[[str, str], dict[str, Any]]
+RunDriver = Callable[..., Path]
 
 # What to run an engine with, by the name of the variant.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -64,8 +65,55 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
+def run_driver() -> RunDriver:
+    """Run one of this directory's scripts, to its end, in a process of its own.
+
+    It is given the checkpoint, the path ``out`` and further arguments, and is to
+    write ``out`` with the suffix ``.json``; that path is returned. What it prints is
+    kept beside it.
+    """
+
+    def run(
+        script: str,
+        checkpoint: Path,
+        out: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> Path:
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
+        with open(out.with_suffix(".log"), "w+") as log:
+            process = subprocess.run(
+                [
+                    sys.executable,
+                    str(Path(__file__).with_name(script)),
+                    str(checkpoint),
+                    str(out),
+                    *arguments,
+                ],
+                env={
+                    **os.environ,
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                    "HF_HUB_OFFLINE": "1",
+                    "PYTHONPATH": path,
+                    **(environment or {}),
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=600,
+            )
+            if process.returncode:
+                log.seek(0)
+                pytest.fail(f"{out.name}:\n{log.read()[-5000:]}", pytrace=False)
+        return out.with_suffix(".json")
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def answers(
     checkpoint: Callable[[str], Path],
+    run_driver: RunDriver,
     unpatched_tree: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Answers:
@@ -77,35 +125,16 @@ def answers(
         import numpy as np
 
         arguments, environment = VARIANTS[variant]
-        out = root / f"{kind}-{variant}"
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("driver.py")),
-            str(checkpoint(kind)),
-            str(out),
-            *arguments,
-        ]
         if variant == "unpatched":
-            command += ["--tree", str(unpatched_tree)]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
-        with open(root / f"{kind}-{variant}.log", "w+") as log:
-            process = subprocess.run(
-                command,
-                env={
-                    **os.environ,
-                    "VLLM_CPU_KVCACHE_SPACE": "1",
-                    "HF_HUB_OFFLINE": "1",
-                    "PYTHONPATH": path,
-                    **environment,
-                },
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=600,
-            )
-            if process.returncode:
-                log.seek(0)
-                pytest.fail(f"{kind}, {variant}:\n{log.read()[-5000:]}", pytrace=False)
-        result: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
+            arguments = [*arguments, "--tree", str(unpatched_tree)]
+        out = run_driver(
+            "driver.py",
+            checkpoint(kind),
+            root / f"{kind}-{variant}",
+            *arguments,
+            environment=environment,
+        )
+        result: dict[str, Any] = json.loads(out.read_text())
         if variant == "unpatched":
             assert Path(result["tree"]).samefile(unpatched_tree)
         else:
