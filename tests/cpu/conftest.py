@@ -70,8 +70,9 @@ def run_driver() -> RunDriver:
 
     It is given the checkpoint, the path ``out`` and further arguments, and is to
     write ``out`` with the suffix ``.json``; that path is returned. What it prints is
-    kept beside it.
+    kept beside it. One that failed is not tried again.
     """
+    failed: set[Path] = set()
 
     def run(
         script: str,
@@ -80,6 +81,8 @@ def run_driver() -> RunDriver:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
     ) -> Path:
+        if out in failed:
+            pytest.fail(f"{out.name}: it failed before, see above", pytrace=False)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
         with open(out.with_suffix(".log"), "w+") as log:
             process = subprocess.run(
@@ -103,6 +106,7 @@ def run_driver() -> RunDriver:
                 timeout=600,
             )
             if process.returncode:
+                failed.add(out)
                 log.seek(0)
                 pytest.fail(f"{out.name}:\n{log.read()[-5000:]}", pytrace=False)
         return out.with_suffix(".json")
