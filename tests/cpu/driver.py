@@ -42,19 +42,20 @@ def _logprobs(rows: Any, token_ids: Any) -> list[float]:
     ]
 
 
-def _record(output: Any) -> dict[str, Any]:
+def record(output: Any) -> dict[str, Any]:
+    """What there is to compare of one ``RequestOutput``."""
     answer = output.outputs[0]
-    record = {
+    found = {
         "prompt_token_ids": list(output.prompt_token_ids),
         "token_ids": list(answer.token_ids),
         "logprobs": _logprobs(answer.logprobs, answer.token_ids),
         "cached_tokens": output.num_cached_tokens,
     }
     if output.prompt_logprobs is not None:
-        record["prompt_logprobs"] = _logprobs(
+        found["prompt_logprobs"] = _logprobs(
             output.prompt_logprobs, output.prompt_token_ids
         )
-    return record
+    return found
 
 
 def main() -> None:
@@ -100,16 +101,16 @@ def main() -> None:
         llm.reset_prefix_cache()
         llm.llm_engine.reset_encoder_cache()
         calls.clear()
-        alone[name] = _record(llm.generate(request, scored, use_tqdm=False)[0])
+        alone[name] = record(llm.generate(request, scored, use_tqdm=False)[0])
         items = [item.numpy() for call in calls for item in call]
         if items:
             features[name] = np.concatenate(items)
         # Once to fill the prefix cache with what is asked a second time.
         llm.generate(request, plain, use_tqdm=False)
-        again[name] = _record(llm.generate(request, plain, use_tqdm=False)[0])
+        again[name] = record(llm.generate(request, plain, use_tqdm=False)[0])
     result = {
         "tree": str(Path(vllm.__file__).parents[1]),
-        "together": dict(zip(names, map(_record, together), strict=True)),
+        "together": dict(zip(names, map(record, together), strict=True)),
         "alone": alone,
         "again": again,
     }
