@@ -23,7 +23,7 @@ from scripts.pins import Release
 
 HOOK = "vllm_gemma4_runtime"
 # What vLLM's tests and ours need besides vLLM itself; the constraints pin them.
-TEST_TOOLS = ["pytest", "pytest-asyncio", "pytest-timeout", "tblib"]
+TEST_TOOLS = ["hypothesis", "pytest", "pytest-asyncio", "pytest-timeout", "tblib"]
 COMPANIONS = ("torchaudio", "torchcodec")
 
 PROBE = """

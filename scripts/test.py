@@ -26,6 +26,7 @@ STAGES = ("tooling", "vllm", "cpu", "gpu")
 # Upstream's tests of what the series touches that run without the model hub. On a
 # GPU more of them find something to do.
 NEIGHBOURS = (
+    "tests/v1/attention/test_group_sliding_window.py",
     "tests/v1/attention/test_mm_prefix.py",
     "tests/v1/attention/test_vit_attn_wrappers.py",
     "tests/models/multimodal/processing/test_gemma4.py",
@@ -33,6 +34,7 @@ NEIGHBOURS = (
     "tests/kernels/attention/test_attention_selector.py",
     "tests/v1/attention/test_attention_backends_selection.py",
     "tests/v1/core/test_prefix_caching.py::test_mm_prefix_caching",
+    "tests/v1/worker/test_attn_utils.py",
     "tests/renderers/test_gemma4_chat_template.py",
 )
 # Images that a neighbour would download.
