@@ -37,6 +37,7 @@ WINDOW = 1024
 # GPU cycles, about a millisecond: a call's kernels are queued before the first starts.
 HEAD_START = 2_000_000
 GRAPH_CALLS = 10
+FORMS = ("correction", "split", "one_call")  # of the patched backend
 
 # The language models by kind: hidden, intermediate, heads, KV heads, global KV heads.
 _SIZES = (
@@ -259,22 +260,21 @@ class Batch:
     ) -> tuple[Callable[[], Any], str]:
         """A layer's forward on this batch, and the form that the patched one takes.
 
-        ``form`` is ``floor`` without images, ``split`` or ``correction`` to force the
-        patched backend, ``chosen`` for its own estimate, or a name of no meaning.
+        ``form`` is ``floor`` without images, one of ``FORMS`` to force the patched
+        backend, ``chosen`` for its own estimate, or a name of no meaning.
         """
         layer, builder = self.layer(backend, version)
-        if form in ("split", "correction"):
-            # The first estimate is that of split, the second that of correction.
-            costs = itertools.count(0, 1 if form == "split" else -1)
-            builder._mm_prefix_cost = lambda *_: next(costs)
+        if form == "one_call" and not builder.mm_prefix_one_call:
+            raise RuntimeError("one call takes FA4 on Hopper and a window")
+        if form in FORMS:
+            forced = importlib.import_module(FLASH_ATTN).MMPrefixForm[form.upper()]
+            builder._mm_prefix_form = lambda *_: forced
         rows = enumerate(self.case.requests)
         ranges = {row: list(r.ranges) for row, r in rows if r.ranges}
         metadata = builder.build(0, self.common(None if form == "floor" else ranges))
         taken = ""
-        if form in ("split", "correction", "chosen"):
-            taken = "split" if metadata.mm_prefix.split else "correction"
-            if form not in ("chosen", taken):
-                raise RuntimeError(f"{form} was asked for, {taken} came")
+        if form in (*FORMS, "chosen"):
+            taken = metadata.mm_prefix.form.name.lower()
         # All keys and values are in the cache: those of a step are not read.
         unread = self.query[:, : self.case.kv_heads]
         given = (layer, self.query, unread, unread, self.kv_cache, metadata)
@@ -469,7 +469,7 @@ def bench_layer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         plans = [(patched, version, "floor") for version in args.versions]
     else:
         chosen = args.cases
-        forms = ("floor", "chosen", "correction", "split")
+        forms = ("floor", "chosen", *FORMS)
         plans = list(itertools.product([patched], args.versions, forms))
         if 4 in args.versions:
             plans.append((unpatched_flash_attn().FlashAttentionBackend, 4, "mask_mod"))

@@ -30,8 +30,8 @@ def requests(count: int) -> list[demo.Example]:
     found: list[demo.Example] = []
     for i in range(count):
         words = " ".join(random.choice(WORDS, random.integers(3, 250)))
-        if i % 4 == 3 and i > 64:
-            before = found[i - 64]
+        if i % 4 == 3 and i > 63:
+            before = found[i - 63]  # never a repetition itself
             tail = " ".join(random.choice(WORDS, 8))
             text = before.text[: len(before.text) // 2] + tail
             again = (before.images, before.video, before.max_soft_tokens)
