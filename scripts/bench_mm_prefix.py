@@ -98,17 +98,21 @@ def cases() -> dict[str, Case]:
     """The cases of ``layer`` by letter."""
     large, small = (32, 16, 256, WINDOW), (16, 8, 256, WINDOW)
     decodes = [Request(1, 8000)] * 64
+    decode, chat = Request(1, 100000), spread(1, 280, 300)
     found = [
         Case("A 1x16384, 4 images", *large, [spread(4, 280, 16384)]),
         Case("B 8x2000, 7 images each", *large, [spread(7, 280, 2000)] * 8),
-        Case("C 64 decodes, 1 image", *large, [*decodes, spread(1, 280, 300)]),
+        Case("C 64 decodes, 1 image", *large, [*decodes, chat]),
         Case("D 2x8192, 8 of 256 each", 32, 16, 128, None, [spread(8, 256, 8192)] * 2),
-        Case("E 1x300, 1 image", *large, [spread(1, 280, 300)]),
+        Case("E 1x300, 1 image", *large, [chat]),
         Case("F 1x1300, 1 of 1120", *large, [spread(1, 1120, 1300)]),
         Case("G 8x1900, 3 images each", *small, [spread(3, 280, 1900)] * 8),
         Case("H 8x1900, 3 images each", *large, [spread(3, 280, 1900)] * 8),
         Case("V 32 video frames of 70", *large, [spread(32, 70, 32 * 76)]),
         Case("S 64 images of 16", *large, [spread(64, 16, 64 * 18)]),
+        Case("I 1x8192, image first", *large, [Request(8192, 8192, [(10, 289)])]),
+        Case("T 15900 of text, 1 image", *large, [Request(15900, 15900), chat]),
+        Case("L decode at 100000, 1 image", 32, 16, 128, None, [decode, chat]),
     ]
     return {case.name[0]: case for case in found}
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time Gemma4's vision tower, unpatched against patched, in one run.
 
-Each tree has a process of its own with a whole engine: a vision tower of real width
-cut to a few layers over a tiny language model, the same weights in both. What the
-engine hands to its model for a request is recorded and given to the model's
-``embed_multimodal`` again and again, by turns in the one process and the other.
+The release and each form of the patched tree (eager, compiled, captured in CUDA
+graphs) have a process of their own with a whole engine: a vision tower of real width
+cut to a few layers over a tiny language model, the same weights in all. What the engine
+hands to its encoder for a request is recorded and given to it again and again, by turns
+in the one process and the others.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 import numpy as np
 
@@ -47,21 +51,32 @@ TOWERS: dict[str, dict[str, int]] = {
     },
 }
 _MIXED = [(768, 768), (1600, 400), (300, 900), (640, 480)] * 2
+FORMS = ("eager", "compiled", "captured")  # of the patched tree
+KERNELS = {  # of a GPU, by their names
+    "attention": re.compile("flash|fmha|attention|_attn", re.IGNORECASE),
+    "GEMM": re.compile("gemm|nvjet|xmma|cutlass|cublas", re.IGNORECASE),
+    "element-wise": re.compile(
+        "triton|elementwise|norm|reduce|gelu|rotary|cat|clamp|copy"
+    ),
+}
 
 
 def batches() -> dict[str, demo.Example]:
     """The batches by name: items x soft tokens of each at most."""
-    mixed = [demo.picture(*size, seed=i) for i, size in enumerate(_MIXED)]
-    return {
-        "1 x 280": demo.Example("1 x 280", "", [demo.picture(768, 768, seed=9)]),
-        "8 x 280 mixed": demo.Example("8 x 280 mixed", "", mixed),
-        "32 x 70 video": demo.Example(
-            "32 x 70 video", "", video=demo.moving_picture(32, 640, 480, seed=8)
-        ),
-        "1 x 1120": demo.Example(
-            "1 x 1120", "", [demo.picture(1600, 1600, seed=7)], None, 1120
-        ),
+
+    def images(*sizes: tuple[int, int], soft_tokens: int | None = None) -> Any:
+        pictures = [demo.picture(*size, seed=i) for i, size in enumerate(sizes)]
+        return pictures, None, soft_tokens
+
+    found = {
+        "1 x 280": images((768, 768)),
+        "8 x 280 mixed": images(*_MIXED),
+        "8 x 280": images(*[(640, 480)] * 8),
+        "32 x 280": images(*[(640, 480)] * 32),
+        "32 x 70 video": ((), demo.moving_picture(32, 640, 640, seed=8)),
+        "1 x 1120": images((1600, 1600), soft_tokens=1120),
     }
+    return {name: demo.Example(name, "", *items) for name, items in found.items()}
 
 
 def _peak_rss() -> Callable[[], float]:
@@ -83,7 +98,7 @@ def _peak_rss() -> Callable[[], float]:
 class Worker:
     """The engine of one tree, in this process."""
 
-    def __init__(self, checkpoint: Path, dtype: str) -> None:
+    def __init__(self, checkpoint: Path, dtype: str, form: str, images: int) -> None:
         import torch
         from vllm import LLM
 
@@ -92,34 +107,48 @@ class Worker:
         arguments = demo.engine_arguments(
             checkpoint,
             dtype=dtype,
-            max_num_batched_tokens=8192,
-            limit_mm_per_prompt={"image": 8, "video": 1, "audio": 0},
+            max_model_len=max(8192, 320 * images),
+            max_num_batched_tokens=max(8192, 320 * images),
+            limit_mm_per_prompt={"image": images, "video": 1, "audio": 0},
         )
         if self.cuda:
-            arguments["gpu_memory_utilization"] = 0.3
+            arguments["gpu_memory_utilization"] = 0.2
+        if form != "eager":
+            arguments["enforce_eager"] = False
+            arguments["compilation_config"] = {
+                "cudagraph_mode": "NONE",
+                "compile_mm_encoder": True,
+                "cudagraph_mm_encoder": form == "captured",
+            }
         self.llm = LLM(**arguments)
-        self.model: Any = None
-        self.calls: list[dict[str, Any]] = []
-        self.llm.apply_model(lambda model: setattr(self, "model", model))
+        self.owner: Any = None
+        self.llm.apply_model(lambda model: setattr(self, "owner", model))
+        self.method = "embed_multimodal"
+        if form == "captured":
+            from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
+
+            self.owner, self.method = EncoderCudaGraphManager, "execute"
+        self.calls: list[Callable[[], Any]] = []
 
     def prepare(self, batch: str, out: str) -> dict[str, Any]:
         """Record the engine's calls for ``batch``; save its features to ``out``."""
         from vllm import SamplingParams
 
-        calls: list[dict[str, Any]] = []
+        calls: list[Callable[[], Any]] = []
         features: list[Any] = []
-        embed = self.model.embed_multimodal
+        encode = getattr(self.owner, self.method)
 
-        def record(**kwargs: Any) -> Any:
-            calls.append(kwargs)
-            result = embed(**kwargs)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls.append(functools.partial(encode, *args, **kwargs))
+            result = encode(*args, **kwargs)
+            if result is None:
+                raise RuntimeError("no CUDA graph has room for this batch")
             features.extend(item.float().cpu() for item in result)
             return result
 
-        self.model.embed_multimodal = record
         request = batches()[batch].request()
-        self.llm.generate(request, SamplingParams(max_tokens=1), use_tqdm=False)
-        del self.model.embed_multimodal
+        with mock.patch.object(self.owner, self.method, record):
+            self.llm.generate(request, SamplingParams(max_tokens=1), use_tqdm=False)
         self.calls = calls
         np.save(out, self.torch.cat(features).numpy())
         return {"calls": len(calls), "items": len(features)}
@@ -136,7 +165,7 @@ class Worker:
             before = peak()
         with torch.inference_mode():
             start = time.perf_counter()
-            results = [self.model.embed_multimodal(**kwargs) for kwargs in self.calls]
+            results = [call() for call in self.calls]
             if self.cuda:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
@@ -144,15 +173,45 @@ class Worker:
         most = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else peak()
         return {"seconds": seconds, "mib": most - before, "peak_mib": most}
 
+    def profile(self) -> dict[str, Any]:
+        """Where the GPU's time goes in one run, in microseconds.
 
-def serve(checkpoint: Path, dtype: str, tree: str | None) -> None:
+        ``kinds`` are sums of kernels, with the time between them; ``kernels`` the ones
+        that took longest, with their calls.
+        """
+        profiler = self.torch.profiler
+        with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
+            self.run()
+        kinds: dict[str, float] = dict.fromkeys((*KERNELS, "other", "gaps"), 0.0)
+        kernels: dict[str, list[float]] = {}
+        spans = []
+        for event in profile.events():
+            if event.device_type != self.torch.autograd.DeviceType.CUDA:
+                continue
+            start, end = event.time_range.start, event.time_range.end
+            spans.append((start, end))
+            found = (
+                kind for kind, known in KERNELS.items() if known.search(event.name)
+            )
+            kinds[next(found, "other")] += end - start
+            kernels.setdefault(event.name, []).append(end - start)
+        whole = max(end for _, end in spans) - min(start for start, _ in spans)
+        kinds["gaps"] = whole - sum(end - start for start, end in spans)
+        slowest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:14]
+        top = [(name[:90], len(times), sum(times)) for name, times in slowest]
+        return {"kinds": kinds, "kernels": top}
+
+
+def serve(
+    checkpoint: Path, dtype: str, tree: str | None, form: str, images: int
+) -> None:
     """Answer requests from stdin, one JSON object a line, on what was stdout."""
     if tree is not None:
         # Before what the environment puts first.
         sys.path.insert(0, tree)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # where libraries print is no answer
-    worker = Worker(checkpoint, dtype)
+    worker = Worker(checkpoint, dtype, form, images)
     import vllm
 
     print(json.dumps(str(Path(vllm.__file__).parents[1])), file=answers, flush=True)
@@ -166,11 +225,18 @@ class Process:
     """A worker process and its log."""
 
     def __init__(
-        self, log: IO[bytes], checkpoint: Path, dtype: str, tree: Path | None
+        self,
+        log: IO[bytes],
+        checkpoint: Path,
+        dtype: str,
+        tree: Path | None,
+        form: str,
+        images: int,
     ) -> None:
         self.log = log
         command = [sys.executable, "-m", "scripts.bench_tower", "--serve"]
         command += ["--checkpoint", str(checkpoint), "--dtype", dtype]
+        command += ["--forms", form, "--images", str(images)]
         if tree is not None:
             command += ["--tree", str(tree)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
@@ -217,14 +283,15 @@ class Process:
 
 @contextlib.contextmanager
 def _processes(
-    checkpoint: Path, dtype: str, trees: dict[str, Path | None]
+    checkpoint: Path, dtype: str, trees: dict[str, Path | None], images: int
 ) -> Iterator[dict[str, Process]]:
     with contextlib.ExitStack() as stack:
         processes = {}
         for name, tree in trees.items():
             log = stack.enter_context(tempfile.TemporaryFile())
             print(f"starting the {name} engine ...", flush=True)
-            processes[name] = Process(log, checkpoint, dtype, tree)
+            form = name if name in FORMS else "eager"
+            processes[name] = Process(log, checkpoint, dtype, tree, form, images)
             stack.callback(processes[name].stop)
             # One after the other: their loading would fight for the cores.
             print(f"{name}: vLLM from {processes[name].answer()}", flush=True)
@@ -286,18 +353,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--repeat",
         type=int,
-        help="runs a tree and batch (default: 3 on CPU, 9 on CUDA)",
+        help="runs a tree and batch (default: 3 on CPU, 21 on CUDA)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    help = "of the patched tree, default: eager on CPU, all on CUDA"
+    parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
+    help = "also print where a GPU's time goes, a layer"
+    parser.add_argument("--profile", action="store_true", help=help)
     parser.add_argument("--json", type=Path, help="append the records to this file")
     parser.add_argument("--patched", type=Path, help="instead of the importable tree")
-    for hidden in ("--checkpoint", "--tree"):
+    for hidden in ("--checkpoint", "--tree", "--images"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
-        serve(Path(args.checkpoint), args.dtype, args.tree)
+        images = int(args.images)
+        serve(Path(args.checkpoint), args.dtype, args.tree, args.forms[0], images)
         return 0
+    if unknown := set(args.forms or ()) - set(FORMS):
+        parser.error(f"no form {', '.join(sorted(unknown))}")
 
     import torch
 
@@ -305,13 +379,18 @@ def main(argv: list[str] | None = None) -> int:
 
     cuda = torch.cuda.is_available()
     dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    repeat = args.repeat or (9 if cuda else 3)
-    tower = dict(TOWERS[args.kind])
-    if args.layers is not None or not cuda:
-        tower["num_hidden_layers"] = args.layers or 1
-    name = f"bench-{args.kind}-{tower['num_hidden_layers']}-{dtype}"
+    repeat = args.repeat or (21 if cuda else 3)
+    chosen = args.batch or [
+        name for name in batches() if cuda or name not in ("8 x 280", "32 x 280")
+    ]
+    images = max(len(batches()[name].images) for name in chosen)
+    layers = args.layers or (TOWERS[args.kind]["num_hidden_layers"] if cuda else 1)
+    tower = TOWERS[args.kind] | {"num_hidden_layers": layers}
+    name = f"bench-{args.kind}-{layers}-{dtype}"
     try:
-        trees = {"unpatched": unpatched.unpatched_tree(), "patched": args.patched}
+        forms = args.forms or (FORMS if cuda else FORMS[:1])
+        trees: dict[str, Path | None] = {"unpatched": unpatched.unpatched_tree()}
+        trees |= dict.fromkeys(forms, args.patched)
         print("building the checkpoint ...", flush=True)
         with demo.quiet():
             checkpoint = tiny_gemma4.build(
@@ -322,19 +401,20 @@ def main(argv: list[str] | None = None) -> int:
                 vision=tower,
             )
         with (
-            _processes(checkpoint, dtype, trees) as processes,
+            _processes(checkpoint, dtype, trees, images) as processes,
             tempfile.TemporaryDirectory() as directory,
         ):
             kind = "GPU memory" if cuda else "resident"
+            device = torch.cuda.get_device_name() if cuda else "cpu"
             print(
-                f"\n{args.kind}, {tower['num_hidden_layers']} layers, {dtype},"
+                f"\n{args.kind}, {layers} layers, {dtype},"
                 f" {repeat} runs each; {kind} in MiB above what was used\n"
             )
             print(
                 f"{'batch':<15} {'tree':<10} {'median ms':>10} {'quartiles':>19}"
-                f" {'MiB':>7} {'off by':>8}"
+                f" {'MiB':>7} {'off by':>8} {'gain':>7}"
             )
-            for batch in args.batch or batches():
+            for batch in chosen:
                 records = measure(processes, batch, repeat, Path(directory))
                 for record in records:
                     low, high = (1e3 * value for value in record["quartiles"])
@@ -342,19 +422,22 @@ def main(argv: list[str] | None = None) -> int:
                         f"{batch:<15} {record['tree']:<10}"
                         f" {1e3 * record['median']:>10.1f}"
                         f" {low:>9.1f}-{high:<9.1f}"
-                        f" {record['mib']:>7.0f} {record['difference']:>8.1e}",
+                        f" {record['mib']:>7.0f} {record['difference']:>8.1e}"
+                        f" {records[0]['median'] / record['median']:>6.2f}x",
                         flush=True,
                     )
-                ratio = records[0]["median"] / records[1]["median"]
-                print(f"{batch:<15} {'speedup':<10} {ratio:>9.2f}x", flush=True)
+                    if args.profile and cuda:
+                        record |= processes[record["tree"]]("profile")
+                        kinds = record["kinds"].items()
+                        texts = [f"{kind} {us / layers:.1f}" for kind, us in kinds]
+                        print("    us a layer: " + ", ".join(texts))
+                        for name, calls, us in record["kernels"]:
+                            print(f"      {us / layers:>8.1f} {calls:>5} {name}")
                 if args.json is not None:
                     with args.json.open("a") as out:
                         for record in records:
                             record |= {"kind": args.kind, "dtype": dtype}
-                            record["layers"] = tower["num_hidden_layers"]
-                            record["device"] = (
-                                torch.cuda.get_device_name() if cuda else "cpu"
-                            )
+                            record |= {"layers": layers, "device": device}
                             out.write(json.dumps(record) + "\n")
     except (OSError, RuntimeError) as error:
         print(f"bench_tower: {error}", file=sys.stderr)
