@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
                 ROOT / "build" / "cache" / name,
                 args.kind,
                 dtype=dtype,
-                text={"num_hidden_layers": 6},
+                text={"num_hidden_layers": 6, "max_position_embeddings": 16384},
                 vision=tower,
             )
         with (

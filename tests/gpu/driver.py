@@ -23,8 +23,8 @@ WORDS = ["the", "user", "and", "model", "image", "other", "moving", "use", "in",
 def requests(count: int) -> list[demo.Example]:
     """Text, one to three images and videos, in prompts of up to a thousand tokens.
 
-    Every fourth repeats the images and the first words of one that was answered
-    before: with prefix caching its hit ends inside or behind them.
+    Every fourth goes on from one that was answered before: with prefix caching its hit
+    ends inside or behind the images, where a windowed layer still holds the keys.
     """
     random = np.random.default_rng(0)
     found: list[demo.Example] = []
@@ -33,7 +33,7 @@ def requests(count: int) -> list[demo.Example]:
         if i % 4 == 3 and i > 63:
             before = found[i - 63]  # never a repetition itself
             tail = " ".join(random.choice(WORDS, 8))
-            text = before.text[: len(before.text) // 2] + tail
+            text = f"{before.text} {tail}"
             again = (before.images, before.video, before.max_soft_tokens)
             found.append(demo.Example(f"{i} again", text, *again))
             continue

@@ -58,7 +58,6 @@ def test_soak(answers: dict[str, dict[str, Any]]) -> None:
     assert all(name.startswith("FLASH_ATTN") for name in flash["backends"])
     assert all(name.startswith("TRITON_ATTN") for name in triton["backends"])
     assert len(flash["answers"]) >= 500
-    assert sum(answer["cached_tokens"] > 0 for answer in flash["answers"]) > 50
 
     rounding = 0.0
     ties = []
@@ -85,3 +84,6 @@ def test_soak(answers: dict[str, dict[str, Any]]) -> None:
         gap = mine[a] - mine.get(b, -99.0), other[b] - other.get(a, -99.0)
         print(f"tie: request {name}, token {position}: {a} or {b}, gaps {gap}")
         assert max(gap) <= 2 * rounding, (name, position, gap)
+    hits = sum(answer["cached_tokens"] > 0 for answer in flash["answers"])
+    print(f"{hits} requests began in the prefix cache")
+    assert hits > 50
