@@ -29,17 +29,27 @@ Answers = Callable[[str, str], dict[str, Any]]
 RunDriver = Callable[..., Path]
 
 # What to run an engine with, by the name of the variant.
-VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "in-process": ([], {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
-    "subprocess": ([], {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
-    "tp2": (
-        ["--tensor-parallel-size", "2"],
-        {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        },
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+TWO_WORKERS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "in-process": ({}, IN_PROCESS),
+    "subprocess": ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+    "tp2": ({"tensor_parallel_size": 2}, TWO_WORKERS),
+    "tp2 data": (
+        {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"},
+        TWO_WORKERS,
     ),
-    "unpatched": ([], {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+    "compiled": (
+        {
+            "enforce_eager": False,
+            "compilation_config": {"compile_mm_encoder": True},
+        },
+        IN_PROCESS,
+    ),
+    "unpatched": ({}, IN_PROCESS),
 }
 
 
@@ -128,9 +138,10 @@ def answers(
     def run(kind: str, variant: str) -> dict[str, Any]:
         import numpy as np
 
-        arguments, environment = VARIANTS[variant]
+        engine, environment = VARIANTS[variant]
+        arguments = ["--engine", json.dumps(engine)]
         if variant == "unpatched":
-            arguments = [*arguments, "--tree", str(unpatched_tree)]
+            arguments += ["--tree", str(unpatched_tree)]
         out = run_driver(
             "driver.py",
             checkpoint(kind),

@@ -63,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, help="arguments of LLM, in JSON"
+    )
     parser.add_argument("--tree", help="import vLLM from here, not from where it is")
     args = parser.parse_args()
     if args.tree is not None:
@@ -73,11 +75,7 @@ def main() -> None:
     import vllm
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        **demo.engine_arguments(
-            args.checkpoint, tensor_parallel_size=args.tensor_parallel_size
-        )
-    )
+    llm = LLM(**demo.engine_arguments(args.checkpoint, **args.engine))
     in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
     calls = demo.record_features(llm) if in_process else []
     scored = SamplingParams(
