@@ -632,6 +632,12 @@ def _with_images(tokens: int, images: int, image_id: int, seed: int) -> dict[str
 
 def bench_engine(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time steps of a language model of real width, on the tree that is importable."""
+    types = (LAYER_TYPES * args.layers)[: args.layers]
+    text = {"head_dim": 256, "global_head_dim": 512, **TEXTS[args.kind]}
+    text |= {"num_hidden_layers": args.layers, "layer_types": types}
+    if args.write is not None:
+        write_checkpoint(args.write, text)
+        return
     if args.unpatched:
         sys.path.insert(0, str(unpatched.unpatched_tree()))
     import vllm
@@ -639,9 +645,6 @@ def bench_engine(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     patched = importlib.util.find_spec("vllm.v1.attention.mm_prefix") is not None
     tree = "patched" if patched else "unpatched"
     print(f"{tree}: vLLM from {Path(vllm.__file__).parents[1]}", flush=True)
-    types = (LAYER_TYPES * args.layers)[: args.layers]
-    text = {"head_dim": 256, "global_head_dim": 512, **TEXTS[args.kind]}
-    text |= {"num_hidden_layers": args.layers, "layer_types": types}
     print(f"{args.kind}, {args.layers} layers: starting the engine ...", flush=True)
     with tempfile.TemporaryDirectory() as path, demo.quiet():
         engine = Engine(write_checkpoint(path, text), args)
@@ -789,6 +792,8 @@ def main(argv: list[str] | None = None) -> int:
     layer.add_argument("--decode", action="store_true", help=help)
     engine.add_argument("--kind", choices=sorted(TEXTS), default="31b")
     engine.add_argument("--layers", type=int, default=12)
+    help = "only write the checkpoint, without weights, to this folder"
+    engine.add_argument("--write", metavar="FOLDER", help=help)
     engine.add_argument("--backend", help="of attention, for example TRITON_ATTN")
     engine.add_argument("--flash-attn-version", type=int, choices=(2, 3, 4))
     help = "text only, decoding in CUDA graphs"
