@@ -156,6 +156,9 @@ def answers(
             assert not Path(result["tree"]).samefile(unpatched_tree) or os.environ.get(
                 "VLLM_BASE_TREE"
             ), "the unpatched tree was imported in place of the patched one"
+        # Models that cannot fall back to the default.
+        mode = engine.get("mm_encoder_tp_mode", "weights")
+        assert result["mm_encoder_tp_mode"] == mode
         if out.with_suffix(".npz").exists():
             result["features"] = dict(np.load(out.with_suffix(".npz")))
         return result

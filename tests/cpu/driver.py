@@ -106,8 +106,10 @@ def main() -> None:
         # Once to fill the prefix cache with what is asked a second time.
         llm.generate(request, plain, use_tqdm=False)
         again[name] = record(llm.generate(request, plain, use_tqdm=False)[0])
+    config = llm.llm_engine.vllm_config.model_config.multimodal_config
     result = {
         "tree": str(Path(vllm.__file__).parents[1]),
+        "mm_encoder_tp_mode": config.mm_encoder_tp_mode,
         "together": dict(zip(names, map(record, together), strict=True)),
         "alone": alone,
         "again": again,
