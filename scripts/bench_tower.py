@@ -380,10 +380,11 @@ def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     dtype = args.dtype or ("bfloat16" if cuda else "float32")
     repeat = args.repeat or (21 if cuda else 3)
+    known = batches()
     chosen = args.batch or [
-        name for name in batches() if cuda or name not in ("8 x 280", "32 x 280")
+        name for name in known if cuda or name not in ("8 x 280", "32 x 280")
     ]
-    images = max(len(batches()[name].images) for name in chosen)
+    images = max(len(known[name].images) for name in chosen)
     layers = args.layers or (TOWERS[args.kind]["num_hidden_layers"] if cuda else 1)
     tower = TOWERS[args.kind] | {"num_hidden_layers": layers}
     name = f"bench-{args.kind}-{layers}-{dtype}"
