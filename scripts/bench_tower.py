@@ -113,6 +113,11 @@ class Worker:
         )
         if self.cuda:
             arguments["gpu_memory_utilization"] = 0.2
+            # The other engines use the GPU, too, so free memory says nothing.
+            arguments["kv_cache_memory_bytes"] = 4 << 30
+            # Nothing of the tiny language model is worth a warm-up.
+            arguments["attention_config"] = {"backend": "TRITON_ATTN"}
+            arguments["kernel_config"] = {"enable_flashinfer_autotune": False}
         if form != "eager":
             arguments["enforce_eager"] = False
             arguments["compilation_config"] = {
@@ -290,11 +295,14 @@ def _processes(
         for name, tree in trees.items():
             log = stack.enter_context(tempfile.TemporaryFile())
             print(f"starting the {name} engine ...", flush=True)
+            begin = time.perf_counter()
             form = name if name in FORMS else "eager"
             processes[name] = Process(log, checkpoint, dtype, tree, form, images)
             stack.callback(processes[name].stop)
             # One after the other: their loading would fight for the cores.
-            print(f"{name}: vLLM from {processes[name].answer()}", flush=True)
+            where = processes[name].answer()
+            seconds = time.perf_counter() - begin
+            print(f"{name}: vLLM from {where}, {seconds:.0f} s", flush=True)
         yield processes
 
 

@@ -76,6 +76,9 @@ def main() -> None:
             # Graphs for decodes, as servers have; nothing is compiled.
             compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
             gpu_memory_utilization=0.3,
+            kernel_config={"enable_flashinfer_autotune": False},
+            # Other processes may use the GPU, too, so free memory says nothing.
+            kv_cache_memory_bytes=4 << 30,
             max_num_seqs=32,
             # Prompts are cut into chunks and meet decodes in a step. No less, or a
             # video would not fit in one.
