@@ -170,7 +170,8 @@ def reference_features(model: Any, processor: Any, example: Example) -> list[Any
         pixels = processor.image_processor(images=[frame], return_tensors="pt", **size)
         with torch.inference_mode():
             output = model.get_image_features(
-                pixels["pixel_values"].to(model.dtype), pixels["image_position_ids"]
+                pixels["pixel_values"].to(model.device, model.dtype),
+                pixels["image_position_ids"].to(model.device),
             )
         features.append(output.pooler_output[0].float())
     return features

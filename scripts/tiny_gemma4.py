@@ -26,7 +26,7 @@ SOFT_TOKENS = (70, 140, 280, 560, 1120)
 RECIPE_FILE = "tiny_gemma4.json"
 VOCAB_SIZE = 512
 # Bump when the same arguments give other files, so that caches are rebuilt.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 _NAMED_TOKENS = {
     "sot_token": "<|turn>",
@@ -246,7 +246,7 @@ def _fill(model: Any, seed: int) -> None:
             value = normal(0.5)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             # Attention is not scaled by the head size; this keeps it soft.
-            value = uniform(0.35, 0.75)
+            value = uniform(0.35, 0.75) * min(1.0, 64 / tensor.numel()) ** 0.25
         elif name.endswith("language_model.norm.weight"):
             value = uniform(8.0, 16.0)  # spreads the logits: no choice by a hair
         elif "norm" in name.split(".")[-2]:

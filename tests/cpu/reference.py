@@ -18,11 +18,11 @@ TOLERANCE = 2e-4
 class Reference:
     """A checkpoint by Hugging Face; images attend both ways if it says so."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, device: torch.device | str = "cpu") -> None:
         from transformers import AutoProcessor
         from transformers import Gemma4ForConditionalGeneration as Model
 
-        self.model = Model.from_pretrained(checkpoint, dtype=torch.float32)
+        self.model = Model.from_pretrained(checkpoint, dtype=torch.float32).to(device)
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self._known: dict[tuple[Any, ...], torch.Tensor] = {}
         self._features: dict[tuple[str, bool], list[torch.Tensor]] = {}
@@ -58,7 +58,7 @@ class Reference:
             )
             for modality, part in parts.items()
         }
-        ids = torch.tensor([token_ids])
+        ids = torch.tensor([token_ids], device=self.model.device)
         # What the processor gives for a prompt: images and video frames attend both
         # ways in checkpoints that say so.
         types = (ids == self.model.config.image_token_id).long()
@@ -75,7 +75,8 @@ class Reference:
     def chosen(self, example: demo.Example, token_ids: list[int]) -> torch.Tensor:
         """Log probabilities [len(token_ids) - 1] of the tokens that follow."""
         expected = self.logprobs(example, token_ids)
-        return expected.gather(1, torch.tensor(token_ids)[1:, None])[:, 0]
+        following = torch.tensor(token_ids, device=expected.device)[1:, None]
+        return expected.gather(1, following)[:, 0]
 
     def check(self, example: demo.Example, record: dict[str, Any]) -> None:
         """Compare an answer, and its prompt's log probabilities where it has them."""

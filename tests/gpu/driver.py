@@ -2,7 +2,7 @@
 """Answer many mixed requests with one engine and write down tokens and candidates.
 
 Run as a script, in a process of its own for each attention backend:
-``driver.py CHECKPOINT OUT.json BACKEND [--requests N]``.
+``driver.py CHECKPOINT OUT.json BACKEND DTYPE [--requests N]``.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("backend")
+    parser.add_argument("dtype")
     parser.add_argument("--requests", type=int, default=520)
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -71,7 +72,7 @@ def main() -> None:
     llm = LLM(
         **demo.engine_arguments(
             args.checkpoint,
-            dtype="float16",
+            dtype=args.dtype,
             enforce_eager=False,
             # Graphs for decodes, as servers have; nothing is compiled.
             compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
@@ -119,7 +120,7 @@ def main() -> None:
         answers.append(
             {
                 "name": example.name,
-                "prompt_tokens": len(output.prompt_token_ids),
+                "prompt_token_ids": list(output.prompt_token_ids),
                 "cached_tokens": output.num_cached_tokens,
                 "tokens": list(answer.token_ids),
                 "candidates": candidates,
