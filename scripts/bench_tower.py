@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time Gemma4's vision tower, unpatched against patched, in one run.
 
-The release and each form of the patched tree (eager, compiled, captured in CUDA
-graphs) have a process of their own with a whole engine: a vision tower of real width
-cut to a few layers over a tiny language model, the same weights in all. What the engine
-hands to its encoder for a request is recorded and given to it again and again, by turns
-in the one process and the others.
+The release and each form of the patched tree have a process of their own with a whole
+engine: a vision tower of real width cut to a few layers over a tiny language model, the
+same weights in all. What the engine hands to its encoder for a request is recorded and
+given to it again and again, by turns in the one process and the others.
 """
 
 from __future__ import annotations
@@ -50,8 +49,15 @@ TOWERS: dict[str, dict[str, int]] = {
         "num_hidden_layers": 16,
     },
 }
-_MIXED = [(768, 768), (1600, 400), (300, 900), (640, 480)] * 2
-FORMS = ("eager", "compiled", "captured")  # of the patched tree
+FORMS = {  # of the patched tree
+    "eager": "as vLLM runs it if it is told nothing",
+    "compiled": "compile_mm_encoder",
+    "captured": "compile_mm_encoder and cudagraph_mm_encoder",
+    "fp8": "compiled, linear layers quantized to FP8 when loaded",
+    "tp2": "compiled, weights shared by two GPUs",
+    "data2": "compiled, images shared by two GPUs",
+}
+FORMS_OF_ONE_GPU = ("eager", "compiled", "captured")
 KERNELS = {  # of a GPU, by their names
     "attention": re.compile("flash|fmha|attention|_attn", re.IGNORECASE),
     "GEMM": re.compile("gemm|nvjet|xmma|cutlass|cublas", re.IGNORECASE),
@@ -59,23 +65,28 @@ KERNELS = {  # of a GPU, by their names
         "triton|elementwise|norm|reduce|gelu|rotary|cat|clamp|copy"
     ),
 }
+# Width and height that the processor makes so many patches of: 17 x 16, 40 x 6 and
+# 33 x 33 cells of nine for 280 and 1120 soft tokens, 7 x 10 for the 70 of a frame.
+_PATCHES = {2448: (816, 768), 2160: (1968, 336), 9801: (1600, 1600), 630: (336, 480)}
+_MIXED = [(768, 768), (1600, 400), (300, 900), (640, 480)] * 2
 
 
 def batches() -> dict[str, demo.Example]:
     """The batches by name: items x soft tokens of each at most."""
 
     def images(*sizes: tuple[int, int], soft_tokens: int | None = None) -> Any:
-        pictures = [demo.picture(*size, seed=i) for i, size in enumerate(sizes)]
+        # No two alike, in all batches: an engine encodes what it knows only once.
+        seed = len(found) * 100
+        pictures = [demo.picture(*size, seed=seed + i) for i, size in enumerate(sizes)]
         return pictures, None, soft_tokens
 
-    found = {
-        "1 x 280": images((768, 768)),
-        "8 x 280 mixed": images(*_MIXED),
-        "8 x 280": images(*[(640, 480)] * 8),
-        "32 x 280": images(*[(640, 480)] * 32),
-        "32 x 70 video": ((), demo.moving_picture(32, 640, 640, seed=8)),
-        "1 x 1120": images((1600, 1600), soft_tokens=1120),
-    }
+    found: dict[str, Any] = {}
+    found["1 x 280"] = images(_PATCHES[2448])
+    found["8 x 280 mixed"] = images(*_MIXED)
+    found["8 x 280"] = images(*[_PATCHES[2160]] * 8)
+    found["32 x 280"] = images(*[_PATCHES[2160]] * 32)
+    found["32 x 70 video"] = (), demo.moving_picture(32, *_PATCHES[630], seed=8)
+    found["1 x 1120"] = images(_PATCHES[9801], soft_tokens=1120)
     return {name: demo.Example(name, "", *items) for name, items in found.items()}
 
 
@@ -95,73 +106,56 @@ def _peak_rss() -> Callable[[], float]:
     return read
 
 
-class Worker:
-    """The engine of one tree, in this process."""
+class Encoder:
+    """Records what a vLLM worker hands to its encoder, to give it again and again."""
 
-    def __init__(self, checkpoint: Path, dtype: str, form: str, images: int) -> None:
-        import torch
-        from vllm import LLM
-
-        self.torch = torch
-        self.cuda = torch.cuda.is_available()
-        arguments = demo.engine_arguments(
-            checkpoint,
-            dtype=dtype,
-            max_model_len=max(8192, 320 * images),
-            max_num_batched_tokens=max(8192, 320 * images),
-            limit_mm_per_prompt={"image": images, "video": 1, "audio": 0},
-        )
-        if self.cuda:
-            arguments["gpu_memory_utilization"] = 0.2
-            # The other engines use the GPU, too, so free memory says nothing.
-            arguments["kv_cache_memory_bytes"] = 4 << 30
-            # Nothing of the tiny language model is worth a warm-up.
-            arguments["attention_config"] = {"backend": "TRITON_ATTN"}
-            arguments["kernel_config"] = {"enable_flashinfer_autotune": False}
-        if form != "eager":
-            arguments["enforce_eager"] = False
-            arguments["compilation_config"] = {
-                "cudagraph_mode": "NONE",
-                "compile_mm_encoder": True,
-                "cudagraph_mm_encoder": form == "captured",
-            }
-        self.llm = LLM(**arguments)
-        self.owner: Any = None
-        self.llm.apply_model(lambda model: setattr(self, "owner", model))
-        self.method = "embed_multimodal"
+    def __init__(self, worker: Any, form: str) -> None:
+        self.owner, self.method = worker.get_model(), "embed_multimodal"
         if form == "captured":
             from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
 
             self.owner, self.method = EncoderCudaGraphManager, "execute"
         self.calls: list[Callable[[], Any]] = []
+        self.features: list[Any] = []
 
-    def prepare(self, batch: str, out: str) -> dict[str, Any]:
-        """Record the engine's calls for ``batch``; save its features to ``out``."""
-        from vllm import SamplingParams
+    def start(self) -> None:
+        """Record from now on."""
+        self.calls, self.features = [], []
+        self.patch = mock.patch.object(self.owner, self.method, self._recorder())
+        self.patch.start()
 
-        calls: list[Callable[[], Any]] = []
-        features: list[Any] = []
+    def _recorder(self) -> Callable[..., Any]:
         encode = getattr(self.owner, self.method)
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            calls.append(functools.partial(encode, *args, **kwargs))
+            self.calls.append(functools.partial(encode, *args, **kwargs))
             result = encode(*args, **kwargs)
             if result is None:
                 raise RuntimeError("no CUDA graph has room for this batch")
-            features.extend(item.float().cpu() for item in result)
+            self.features.extend(item.float().cpu() for item in result)
             return result
 
-        request = batches()[batch].request()
-        with mock.patch.object(self.owner, self.method, record):
-            self.llm.generate(request, SamplingParams(max_tokens=1), use_tqdm=False)
-        self.calls = calls
-        np.save(out, self.torch.cat(features).numpy())
-        return {"calls": len(calls), "items": len(features)}
+        return record
+
+    def stop(self, out: str) -> int:
+        """Record no more; save the features to ``out``, return how many items."""
+        import torch
+
+        self.patch.stop()
+        items = len(self.features)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            np.save(out, torch.cat(self.features).numpy())
+        self.features = []
+        return items
 
     def run(self) -> dict[str, float]:
         """Encode the batch once: seconds, and MiB of memory above what was used."""
-        torch = self.torch
-        if self.cuda:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        if cuda:
+            if torch.distributed.get_world_size() > 1:
+                torch.distributed.barrier()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() / 2**20
@@ -171,11 +165,11 @@ class Worker:
         with torch.inference_mode():
             start = time.perf_counter()
             results = [call() for call in self.calls]
-            if self.cuda:
+            if cuda:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
         del results
-        most = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else peak()
+        most = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak()
         return {"seconds": seconds, "mib": most - before, "peak_mib": most}
 
     def profile(self) -> dict[str, Any]:
@@ -184,14 +178,16 @@ class Worker:
         ``kinds`` are sums of kernels, with the time between them; ``kernels`` the ones
         that took longest, with their calls.
         """
-        profiler = self.torch.profiler
+        import torch
+
+        profiler = torch.profiler
         with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
             self.run()
         kinds: dict[str, float] = dict.fromkeys((*KERNELS, "other", "gaps"), 0.0)
         kernels: dict[str, list[float]] = {}
         spans = []
         for event in profile.events():
-            if event.device_type != self.torch.autograd.DeviceType.CUDA:
+            if event.device_type != torch.autograd.DeviceType.CUDA:
                 continue
             start, end = event.time_range.start, event.time_range.end
             spans.append((start, end))
@@ -207,6 +203,77 @@ class Worker:
         return {"kinds": kinds, "kernels": top}
 
 
+def _attach(worker: Any, form: str) -> None:
+    worker.bench = Encoder(worker, form)
+
+
+def _ask(worker: Any, method: str, *arguments: Any) -> Any:
+    return getattr(worker.bench, method)(*arguments)
+
+
+class Engine:
+    """The engine of one tree, in this process."""
+
+    def __init__(self, checkpoint: Path, dtype: str, form: str, images: int) -> None:
+        import torch
+        from vllm import LLM
+
+        tokens = max(8192, 320 * images)
+        arguments = demo.engine_arguments(
+            checkpoint,
+            dtype=dtype,
+            max_model_len=tokens,
+            max_num_batched_tokens=tokens,
+            limit_mm_per_prompt={"image": images, "video": 1, "audio": 0},
+        )
+        if torch.cuda.is_available():
+            arguments["gpu_memory_utilization"] = 0.2
+            # The other engines use the GPU, too, so free memory says nothing.
+            arguments["kv_cache_memory_bytes"] = 4 << 30
+            # Nothing of the tiny language model is worth a warm-up.
+            arguments["attention_config"] = {"backend": "TRITON_ATTN"}
+            arguments["kernel_config"] = {"enable_flashinfer_autotune": False}
+        if form != "eager":
+            arguments["enforce_eager"] = False
+            arguments["compilation_config"] = {
+                "cudagraph_mode": "NONE",
+                "compile_mm_encoder": True,
+                "cudagraph_mm_encoder": form == "captured",
+            }
+        if form == "fp8":
+            arguments["quantization"] = "fp8"
+        if form in ("tp2", "data2"):
+            arguments["tensor_parallel_size"] = 2
+            mode = "data" if form == "data2" else "weights"
+            arguments["mm_encoder_tp_mode"] = mode
+        self.llm = LLM(**arguments)
+        self.llm.collective_rpc(_attach, args=(form,))
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        return self.llm.collective_rpc(_ask, args=(method, *arguments))
+
+    def prepare(self, batch: str, out: str) -> dict[str, Any]:
+        """Record what is encoded for ``batch``; save its features to ``out``."""
+        from vllm import SamplingParams
+
+        example = batches()[batch]
+        self.ask("start")
+        sampling = SamplingParams(max_tokens=1)
+        self.llm.generate(example.request(), sampling, use_tqdm=False)
+        items = self.ask("stop", out)[0]
+        if items != max(len(example.images), 1):
+            raise RuntimeError(f"{items} items were encoded for {batch}")
+        return {"items": items}
+
+    def run(self) -> dict[str, float]:
+        """As the slowest rank, and the one that takes the most memory."""
+        results = self.ask("run")
+        return {key: max(result[key] for result in results) for key in results[0]}
+
+    def profile(self) -> dict[str, Any]:
+        return self.ask("profile")[0]
+
+
 def serve(
     checkpoint: Path, dtype: str, tree: str | None, form: str, images: int
 ) -> None:
@@ -216,13 +283,13 @@ def serve(
         sys.path.insert(0, tree)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # where libraries print is no answer
-    worker = Worker(checkpoint, dtype, form, images)
+    engine = Engine(checkpoint, dtype, form, images)
     import vllm
 
     print(json.dumps(str(Path(vllm.__file__).parents[1])), file=answers, flush=True)
     for line in sys.stdin:
         method, *arguments = json.loads(line)
-        result = getattr(worker, method)(*arguments)
+        result = getattr(engine, method)(*arguments)
         print(json.dumps(result), file=answers, flush=True)
 
 
@@ -364,7 +431,8 @@ def main(argv: list[str] | None = None) -> int:
         help="runs a tree and batch (default: 3 on CPU, 21 on CUDA)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    help = "of the patched tree, default: eager on CPU, all on CUDA"
+    forms = "; ".join(f"{name}: {what}" for name, what in FORMS.items())
+    help = f"of the patched tree, default: eager, and on CUDA the next two ({forms})"
     parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
     help = "also print where a GPU's time goes, a layer"
     parser.add_argument("--profile", action="store_true", help=help)
@@ -375,10 +443,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
+        # By its name, so that the workers of several GPUs find it.
+        from scripts import bench_tower
+
         images = int(args.images)
-        serve(Path(args.checkpoint), args.dtype, args.tree, args.forms[0], images)
+        form = args.forms[0]
+        bench_tower.serve(Path(args.checkpoint), args.dtype, args.tree, form, images)
         return 0
-    if unknown := set(args.forms or ()) - set(FORMS):
+    if unknown := set(args.forms or ()) - FORMS.keys():
         parser.error(f"no form {', '.join(sorted(unknown))}")
 
     import torch
@@ -395,9 +467,9 @@ def main(argv: list[str] | None = None) -> int:
     images = max(len(known[name].images) for name in chosen)
     layers = args.layers or (TOWERS[args.kind]["num_hidden_layers"] if cuda else 1)
     tower = TOWERS[args.kind] | {"num_hidden_layers": layers}
-    name = f"bench-{args.kind}-{layers}-{dtype}"
+    name = f"bench{tiny_gemma4.RECIPE_VERSION}-{args.kind}-{layers}-{dtype}"
     try:
-        forms = args.forms or (FORMS if cuda else FORMS[:1])
+        forms = args.forms or (FORMS_OF_ONE_GPU if cuda else ["eager"])
         trees: dict[str, Path | None] = {"unpatched": unpatched.unpatched_tree()}
         trees |= dict.fromkeys(forms, args.patched)
         print("building the checkpoint ...", flush=True)
