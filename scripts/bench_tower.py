@@ -250,7 +250,8 @@ class Engine:
         self.llm.collective_rpc(_attach, args=(form,))
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
-        return self.llm.collective_rpc(_ask, args=(method, *arguments))
+        results: list[Any] = self.llm.collective_rpc(_ask, args=(method, *arguments))
+        return results
 
     def prepare(self, batch: str, out: str) -> dict[str, Any]:
         """Record what is encoded for ``batch``; save its features to ``out``."""
@@ -270,7 +271,7 @@ class Engine:
         results = self.ask("run")
         return {key: max(result[key] for result in results) for key in results[0]}
 
-    def profile(self) -> dict[str, Any]:
+    def profile(self) -> Any:
         return self.ask("profile")[0]
 
 
@@ -431,8 +432,8 @@ def main(argv: list[str] | None = None) -> int:
         help="runs a tree and batch (default: 3 on CPU, 21 on CUDA)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    forms = "; ".join(f"{name}: {what}" for name, what in FORMS.items())
-    help = f"of the patched tree, default: eager, and on CUDA the next two ({forms})"
+    known_forms = "; ".join(f"{name}: {what}" for name, what in FORMS.items())
+    help = f"of the patched tree, default: eager, on CUDA two more ({known_forms})"
     parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
     help = "also print where a GPU's time goes, a layer"
     parser.add_argument("--profile", action="store_true", help=help)
