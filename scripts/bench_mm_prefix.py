@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from scripts import demo, tiny_gemma4, unpatched
+from scripts.bench_tower import TOWERS
 
 DTYPE = torch.bfloat16
 FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
@@ -131,11 +132,17 @@ def causal_cases() -> list[Case]:
     return found
 
 
-def write_checkpoint(path: str, text: Mapping[str, Any]) -> str:
-    """Write a Gemma4 checkpoint without weights, of ``text`` and a tiny tower."""
+def write_checkpoint(
+    path: str, text: Mapping[str, Any], vision: Mapping[str, Any] | None = None
+) -> str:
+    """Write a Gemma4 checkpoint without weights, of ``text`` and a tiny tower.
+
+    Values of ``vision`` replace the tower's.
+    """
     ids = tiny_gemma4._save_processor(Path(path), 280)
     text = {"max_position_embeddings": 131072, "sliding_window": WINDOW, **text}
-    config = tiny_gemma4._config("31b", ids, 280, "bfloat16", {"text": text})
+    sections = {"text": text, "vision": vision or {}}
+    config = tiny_gemma4._config("31b", ids, 280, "bfloat16", sections)
     config.save_pretrained(path)
     return path
 
@@ -524,7 +531,7 @@ def _layers(model: Any) -> list[str]:
 
 
 class Engine:
-    """An engine in this process. Its language model's forward is timed."""
+    """An engine in this process. Its language model's forward and tower are timed."""
 
     def __init__(self, checkpoint: str, args: argparse.Namespace) -> None:
         from vllm import LLM
@@ -555,33 +562,48 @@ class Engine:
                     "cudagraph_capture_sizes": list(DECODES),
                 },
             }
+        elif args.tower == "compiled":
+            arguments |= {
+                "enforce_eager": False,
+                "compilation_config": {
+                    "cudagraph_mode": "NONE",
+                    "compile_mm_encoder": True,
+                },
+            }
         self.llm = LLM(**arguments)
         self.model: Any = None
         self.llm.apply_model(lambda model: setattr(self, "model", model))
         with torch.inference_mode():
             _fill(self.model)
         self.steps: list[tuple[int, float]] = []
+        self.towers: list[float] = []
+        self.encode_again = args.tower is not None
         if not args.decode:
             self._time_forward()
 
     def _time_forward(self) -> None:
-        """Note tokens and milliseconds of each forward from now on."""
+        """Note milliseconds of each forward, with its tokens, and of the tower."""
         forward, embed = self.model.forward, self.model.embed_multimodal
 
-        def timed(**kwargs: Any) -> Any:
+        def timed(function: Callable[..., Any], kwargs: Any) -> tuple[Any, float]:
             _synchronize()
             begin = time.perf_counter()
-            result = forward(**kwargs)
+            result = function(**kwargs)
             _synchronize()
-            milliseconds = 1e3 * (time.perf_counter() - begin)
+            return result, 1e3 * (time.perf_counter() - begin)
+
+        def timed_forward(**kwargs: Any) -> Any:
+            result, milliseconds = timed(forward, kwargs)
             self.steps.append((kwargs["positions"].shape[-1], milliseconds))
             return result
 
-        def embed_multimodal(**kwargs: Any) -> Any:
+        def timed_embed(**kwargs: Any) -> Any:
+            result, milliseconds = timed(embed, kwargs)
+            self.towers.append(milliseconds)
             # Random weights make like features of all patches, for the same experts.
-            return [torch.randn_like(item) for item in embed(**kwargs)]
+            return [torch.randn_like(item) for item in result]
 
-        self.model.forward, self.model.embed_multimodal = timed, embed_multimodal
+        self.model.forward, self.model.embed_multimodal = timed_forward, timed_embed
 
     def generate(self, requests: list[Any], tokens: int) -> None:
         from vllm import SamplingParams
@@ -589,14 +611,17 @@ class Engine:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         self.llm.generate(requests, params, use_tqdm=False)
 
-    def prefill(self, requests: list[Any], tokens: int) -> float:
-        """Milliseconds of the language model for prompts of ``tokens`` in all."""
+    def prefill(self, requests: list[Any], tokens: int) -> tuple[float, float]:
+        """Milliseconds for prompts of ``tokens`` in all: language model and tower."""
         self.steps.clear()
+        self.towers.clear()
+        if self.encode_again:
+            self.llm.llm_engine.engine_core.reset_encoder_cache()
         self.generate(requests, 1)
         found = [milliseconds for size, milliseconds in self.steps if size >= tokens]
         if len(found) != 1:
             raise RuntimeError(f"no single step of {tokens} tokens: {self.steps}")
-        return found[0]
+        return found[0], sum(self.towers)
 
     def decode(self, requests: list[Any]) -> float:
         """Milliseconds of a step of the engine; in most of them all decode."""
@@ -646,12 +671,16 @@ def bench_engine(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     tree = "patched" if patched else "unpatched"
     print(f"{tree}: vLLM from {Path(vllm.__file__).parents[1]}", flush=True)
     print(f"{args.kind}, {args.layers} layers: starting the engine ...", flush=True)
+    # Both models have the same tower.
+    vision = None if args.tower is None else TOWERS["26b"]
     with tempfile.TemporaryDirectory() as path, demo.quiet():
-        engine = Engine(write_checkpoint(path, text), args)
+        engine = Engine(write_checkpoint(path, text, vision), args)
         image_id = engine.llm.get_tokenizer().convert_tokens_to_ids("<|image|>")
     layers = _layers(engine.model)
     print("\n".join([*layers, "", "milliseconds"]), flush=True)
     more = {"tree": tree, "kind": args.kind, "layers": args.layers, "attention": layers}
+    more["tower"] = args.tower
+    runs: dict[str, Callable[[], Any]]
     if args.decode:
         batches = {
             f"{rows} at {CONTEXT}": [_text(CONTEXT, seed) for seed in range(rows)]
@@ -673,10 +702,13 @@ def bench_engine(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         by_turns(runs, 2)
         samples = by_turns(runs, args.repeat)
-        ratio = float(np.median(samples["images"]) / np.median(samples["text"]))
-        yield report(case, "text", samples["text"]) | more
-        both = report(case, "images", samples["images"], ratio=round(ratio, 3))
-        yield both | more
+        text_ms, (model_ms, tower_ms) = samples["text"][:, 0], samples["images"].T
+        ratio = float(np.median(model_ms) / np.median(text_ms))
+        yield report(case, "text", text_ms) | more
+        yield report(case, "images", model_ms, ratio=round(ratio, 3)) | more
+        if args.tower is not None:
+            yield report(case, "tower", tower_ms) | more
+            yield report(case, "images and tower", model_ms + tower_ms) | more
 
 
 def _features(requests: Sequence[Request]) -> dict[str, list[Any]]:
@@ -794,6 +826,8 @@ def main(argv: list[str] | None = None) -> int:
     engine.add_argument("--layers", type=int, default=12)
     help = "only write the checkpoint, without weights, to this folder"
     engine.add_argument("--write", metavar="FOLDER", help=help)
+    help = "time a tower of real width, too"
+    engine.add_argument("--tower", choices=("eager", "compiled"), help=help)
     engine.add_argument("--backend", help="of attention, for example TRITON_ATTN")
     engine.add_argument("--flash-attn-version", type=int, choices=(2, 3, 4))
     help = "text only, decoding in CUDA graphs"
