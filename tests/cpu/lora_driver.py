@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a LoRA of the vision tower and answer requests with it, with and without.
 
-Run as a script, in a process of its own: ``lora_driver.py CHECKPOINT OUT``.
+Run as a script, in a process of its own: ``lora_driver.py CHECKPOINT OUT RANKS``.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("ranks", type=int)
     args = parser.parse_args()
     adapter, merged = args.out / "adapter", args.out / "merged"
     layers = make_adapter(args.checkpoint, adapter, merged)
@@ -136,6 +137,7 @@ def main() -> None:
     llm = LLM(
         **demo.engine_arguments(
             args.checkpoint,
+            tensor_parallel_size=args.ranks,
             enable_lora=True,
             enable_tower_connector_lora=True,
             max_lora_rank=2 * RANK,
@@ -159,7 +161,10 @@ def main() -> None:
     del llm
     llm = LLM(
         **demo.engine_arguments(
-            merged, mm_processor_cache_gb=0, enable_prefix_caching=False
+            merged,
+            tensor_parallel_size=args.ranks,
+            mm_processor_cache_gb=0,
+            enable_prefix_caching=False,
         )
     )
     result["merged"] = _answer(llm)
