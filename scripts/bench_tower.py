@@ -117,6 +117,14 @@ class Encoder:
             self.owner, self.method = EncoderCudaGraphManager, "execute"
         self.calls: list[Callable[[], Any]] = []
         self.features: list[Any] = []
+        self.compiled = self._compilations()
+
+    @staticmethod
+    def _compilations() -> int:
+        from vllm.compilation.counter import compilation_counter
+
+        seen: int = compilation_counter.num_graphs_seen
+        return seen
 
     def start(self) -> None:
         """Record from now on."""
@@ -170,6 +178,9 @@ class Encoder:
             seconds = time.perf_counter() - start
         del results
         most = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak()
+        recompiled = self._compilations() - self.compiled
+        if recompiled:
+            raise RuntimeError(f"{recompiled} graphs were compiled after start-up")
         return {"seconds": seconds, "mib": most - before, "peak_mib": most}
 
     def profile(self) -> dict[str, Any]:
