@@ -375,7 +375,8 @@ def report(case: str, variant: str, samples: Any, **more: Any) -> dict[str, Any]
     line = f"  {variant:<20} {median:>10.1f}  {spread:<20} {', '.join(texts)}"
     print(line.rstrip(), flush=True)
     record = {"case": case, "variant": variant, "median": median}
-    return record | {"p10_p90": [low, high], **more}
+    record |= {"p10_p90": [low, high], "samples": np.asarray(samples).tolist()}
+    return record | more
 
 
 def table(records: Sequence[Mapping[str, Any]], across: str, down: str) -> None:
