@@ -500,7 +500,7 @@ class Verifier:
             stem = f"{step.name}-import-before"
             before, old = self._modules(slot, step.before, modules, stem)
             result.seconds += before.seconds
-            result.why = result.why or before.why and f"before it, {before.why}"
+            result.why = result.why or (before.why and f"before it, {before.why}")
             there = self.state(step.before).blobs
             for name in bad:
                 path = name.replace(".", "/")
@@ -977,7 +977,7 @@ def table(
             results = [c.result for c in group if c.result]
             text = _counts(results)
             if carried := sum(one.tree != tree for one in results):
-                text += f"; {carried} of {len(files)} files not run again"
+                text += f"; {carried} of {len(files)} files carried"
             if crashed := [one.why for one in results if one.why]:
                 text += f"; {crashed[0]}"
             if unreached := sum(c in missed for c in group):
