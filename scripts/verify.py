@@ -982,6 +982,8 @@ def table(
                 text += f"; {crashed[0]}"
             if unreached := sum(c in missed for c in group):
                 text += f"; {unreached} of {len(files)} files not reached"
+            if unreached and unreached == len(group):
+                text = "not reached"
             texts[own] = text if files else "none"
         without = next((c for c in of if c.kind == "without"), None)
         if without:

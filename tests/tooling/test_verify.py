@@ -421,8 +421,8 @@ def test_interrupt(project: Project, sent: signal.Signals, tmp_path: Path) -> No
         assert done["a"] == 2 and done["b"] == 3
         project.verify(JOBS="1")
         again = project.counted()
-        assert again["b"] == 0 and again["slow"] == 2
-        assert done["new"] + again["new"] == 1
+        # 0005 changes what a and new load.
+        assert again == {"a": 1, "new": 1, "slow": 2}
     finally:
         held.unlink(missing_ok=True)
 
