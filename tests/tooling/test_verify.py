@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import verify
 from scripts.console import Failure
+from scripts.git import Clone
 
 TITLES = ("Name eleven", "Name fifty", "A new file", "Without tests")
 # Each test says that it was run.
@@ -517,3 +518,29 @@ def test_hook_refuses_without_a_tree(project: Project) -> None:
         [python, "-c", "import vllm"], capture_output=True, text=True, cwd="/"
     )
     assert "names no tree for make verify" in done.stderr
+
+
+def test_caches_of_changed_files_are_forgotten(project: Project) -> None:
+    """Python takes a file of the same size and second for the same."""
+    toy = project.toy
+    first, second, third = toy.git("rev-list", "--reverse", f"{TAG}..{BRANCH}").split()[
+        :3
+    ]
+    wheel = next(project.python.parent.parent.glob("lib/python3*/site-packages/vllm"))
+    folder = toy.root / "build" / f"verify-{TAG}"
+    clone = Clone(toy.own)
+    slot = verify.Slot(clone, clone.resolve(TAG), folder / "tree-0", wheel)
+    cache = slot.put(third) / "vllm" / "__pycache__"
+    assert (slot.path / "vllm" / "_C.abi3.so").read_text() == "compiled"
+    cache.mkdir()
+    for name in ("a", "b", "new"):
+        (cache / f"{name}.cpython-311.pyc").touch()
+    slot.put(second)
+    assert sorted(path.name[0] for path in cache.iterdir()) == ["a", "b"]
+    slot.put(first)
+    assert [path.name[0] for path in cache.iterdir()] == ["a"]
+    # What a killed run left is known to nobody.
+    (folder / "tree-0.at").unlink()
+    slot.put(first)
+    assert not cache.exists()
+    os.close(slot.lock)
