@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help tools apply build python demo test export lint
+.PHONY: help tools apply build python demo test verify export lint
 
 PYTHON3 ?= python3
 export RELEASE VLLM PYTHON DEVICE CONTINUE ARGS STAGE
+export PATCH SINCE FULL JOBS MINUTES
 
 RUN := build/tools/bin/python -m scripts
 
@@ -16,6 +17,8 @@ help: ## list the targets
 	@echo 'PYTHON=path    an interpreter that has this vLLM release already'
 	@echo 'DEVICE=cpu     the CPU runtime even where there is an NVIDIA GPU (or cuda)'
 	@echo 'CONTINUE=1     apply: stop at a patch that does not apply, for git am --continue'
+	@echo 'PATCH=0007     verify: only these (3-5, 3-, 1,4); SINCE=revision: only what changed'
+	@echo 'FULL=1         verify: every test after every patch; JOBS=n at a time, MINUTES=n'
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:
@@ -38,6 +41,9 @@ demo: tools ## run tiny Gemma4 checkpoints with text, images and video through i
 
 test: tools ## run all tests: this project's, the patches' and their neighbours
 	@$(RUN).test
+
+verify: tools ## check each patch with only those before it, and its tests without it
+	@$(RUN).verify
 
 export: tools ## write the checkout's commits to patches/
 	@$(RUN).export

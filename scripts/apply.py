@@ -205,7 +205,7 @@ def _recover(clone: Clone) -> None:
     say("an earlier run was killed while it changed files: putting them back")
     (clone.dir / "index.lock").unlink(missing_ok=True)
     (clone.dir / "HEAD.lock").unlink(missing_ok=True)
-    old, new = (_blobs(clone, commit) for commit in (before, after))
+    old, new = (clone.blobs(commit) for commit in (before, after))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) == new.get(name):
             continue
@@ -224,7 +224,7 @@ def _recover(clone: Clone) -> None:
             f"move it away, then remove {marker}",
         )
     # HEAD moves last, so what it names is what the files must be.
-    head = _blobs(clone, clone.resolve("HEAD"))
+    head = clone.blobs(clone.resolve("HEAD"))
     touched = [n for n in old.keys() | new.keys() if old.get(n) != new.get(n)]
     clone("read-tree", "--reset", "HEAD")
     for name in touched:
@@ -236,11 +236,6 @@ def _recover(clone: Clone) -> None:
 
 def _blob(clone: Clone, name: str) -> bytes:
     return clone("cat-file", "blob", name).encode(errors="surrogateescape")
-
-
-def _blobs(clone: Clone, commit: str) -> dict[str, str]:
-    rows = clone("ls-tree", "-r", "-z", commit).split("\0")
-    return {row.split("\t", 1)[1]: row.split()[2] for row in rows if row}
 
 
 def switch(clone: Clone, branch: str, tip: str) -> None:

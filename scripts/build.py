@@ -244,7 +244,7 @@ def layered(below: Host, env: Path, release: Release) -> Host:
         )
         if below.kind == "cpu":
             _rename(packages(python), release)
-        _hook(Host(python, below.kind, below.wheel, below.layers), None, release)
+        hook(Host(python, below.kind, below.wheel, below.layers), None, release)
         limits = _constraints(release, below.kind)
         held = ["-c", str(limits)] if limits.exists() else []
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install"]
@@ -283,8 +283,8 @@ def _hidden(target: Host) -> list[str]:
     return names
 
 
-def _hook(target: Host, checkout: Path | None, release: Release) -> bool:
-    """Point an environment at a checkout; return whether anything changed."""
+def hook(target: Host, checkout: Path | None, release: Release) -> bool:
+    """Point an environment at a checkout, or at none; return whether that is new."""
     site = packages(target.python)
     runtime = release.runtimes[target.kind]
     settings: dict[str, Any] = {
@@ -314,6 +314,29 @@ def _hook(target: Host, checkout: Path | None, release: Release) -> bool:
     return changed
 
 
+def compiled(clone: Clone, base: str, wheel: Path) -> list[str]:
+    """Return what the wheel has, the release's tree has not and git ignores.
+
+    Args:
+        clone: a checkout.
+        base: the release's commit.
+        wheel: the wheel's `vllm` folder.
+    """
+    known = set(clone("ls-tree", "-r", "-z", "--name-only", base, "vllm").split("\0"))
+    names = sorted(
+        name
+        for path in wheel.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+        if (name := "vllm/" + path.relative_to(wheel).as_posix()) not in known
+    )
+    asked = "\0".join(names).encode()
+    try:
+        ignored = set(clone("check-ignore", "-z", "--stdin", data=asked).split("\0"))
+    except GitError:
+        ignored = set()
+    return [name for name in names if name in ignored]
+
+
 def overlay(clone: Clone, base: str, wheel: Path) -> int:
     """Copy what the wheel has and the release's tree has not into the checkout.
 
@@ -328,27 +351,12 @@ def overlay(clone: Clone, base: str, wheel: Path) -> int:
     Returns:
         How many files were copied.
     """
-    known = set(clone("ls-tree", "-r", "-z", "--name-only", base, "vllm").split("\0"))
-    names = sorted(
-        name
-        for path in wheel.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-        if (name := "vllm/" + path.relative_to(wheel).as_posix()) not in known
-    )
-    asked = "\0".join(names).encode()
-    try:
-        ignored = set(clone("check-ignore", "-z", "--stdin", data=asked).split("\0"))
-    except GitError:
-        ignored = set()
+    names = compiled(clone, base, wheel)
     manifest = clone.dir / "gemma4-overlay.json"
     ours: dict[str, list[list[int]]] = (
         json.loads(manifest.read_text()) if manifest.exists() else {}
     )
-    wanted = {
-        name: _stat(wheel / name.removeprefix("vllm/"))
-        for name in names
-        if name in ignored
-    }
+    wanted = {name: _stat(wheel / name.removeprefix("vllm/")) for name in names}
     for name in [name for name in ours if name not in wanted]:
         if (path := clone.path / name).exists() and _stat(path) in ours[name]:
             path.unlink()
@@ -383,6 +391,28 @@ def _stat(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
+def environment(release: Release, clone: Clone, end: str) -> Host:
+    """Return an environment that has a release's wheel, made if it is not there.
+
+    Args:
+        release: which release.
+        clone: the checkout, see `host`.
+        end: the end of the name of a thin environment on top of it; empty for none,
+            unless it is a person's, which stays as it is.
+
+    Raises:
+        Failure: there is none, or it cannot be made.
+    """
+    if given := console.option("PYTHON"):
+        path = Path(shutil.which(given) or given).expanduser()
+        below = probe(path.absolute(), release)
+        return layered(below, BUILD / f"env-{release.tag}-user{end}", release)
+    target = host(release, device(), clone)
+    if not end:
+        return target
+    return layered(target, BUILD / f"env-{release.tag}-{target.kind}{end}", release)
+
+
 def build(release: Release) -> Host:
     """Make an environment that imports the checkout.
 
@@ -401,17 +431,9 @@ def build(release: Release) -> Host:
     of_clone = ""
     if console.option("VLLM"):
         of_clone = "-" + hashlib.sha256(os.fsencode(clone.path)).hexdigest()[:8]
-    if given := console.option("PYTHON"):
-        path = Path(shutil.which(given) or given).expanduser()
-        below = probe(path.absolute(), release)
-        target = layered(below, BUILD / f"env-{release.tag}-user{of_clone}", release)
-    else:
-        target = host(release, device(), clone)
-        if of_clone:
-            env = BUILD / f"env-{release.tag}-{target.kind}{of_clone}"
-            target = layered(target, env, release)
+    target = environment(release, clone, of_clone)
     copied = overlay(clone, base, target.wheel)
-    changed = _hook(target, clone.path, release)
+    changed = hook(target, clone.path, release)
     if copied or changed:
         say(f"copied {copied} compiled files to {show(clone.path / 'vllm')}")
         _verify(target, clone)

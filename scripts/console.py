@@ -50,23 +50,26 @@ def show(path: Path) -> str:
 
 
 @contextmanager
-def lock() -> Iterator[None]:
+def lock(folder: Path = BUILD) -> Iterator[None]:
     """Hold the project's build folder, and clear what a killed run left there.
+
+    Args:
+        folder: another one, which a long command holds instead.
 
     Raises:
         Failure: another command holds it.
     """
-    BUILD.mkdir(exist_ok=True)
-    guard = FileLock(BUILD / ".lock", timeout=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    guard = FileLock(folder / ".lock", timeout=0)
     try:
         guard.acquire()
     except Timeout:
         raise Failure(
-            f"another make command is at work in {show(BUILD)}/",
+            f"another make command is at work in {show(folder)}/",
             "wait for it to end and run this again",
         ) from None
     try:
-        for stale in BUILD.glob(".tmp-*"):
+        for stale in folder.glob(".tmp-*"):
             remove(stale)
         yield
     finally:

@@ -123,6 +123,11 @@ class Clone:
         except GitError:
             return ""
 
+    def blobs(self, commit: str) -> dict[str, str]:
+        """Return the files of a commit, each with the hash of what it holds."""
+        rows = self("ls-tree", "-r", "-z", commit).split("\0")
+        return {row.split("\t", 1)[1]: row.split()[2] for row in rows if row}
+
     def dirty(self) -> list[str]:
         """Return the tracked files that differ from HEAD."""
         listed = self("status", "--porcelain", "-z", "--untracked-files=no")

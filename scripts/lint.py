@@ -258,17 +258,22 @@ class Lint:
                         "`make apply export`"
                     )
         say(f"lint: vLLM's own checks on the {len(changed)} files of the series")
-        tree = _checkout(clone, commits[-1], release)
+        tree = checkout(clone, commits[-1], BUILD / f"lint-{release.tag}").path
         there = [name for name in sorted(changed) if (tree / name).is_file()]
-        for line in _upstream(tree, there):
+        for line in upstream(tree, there):
             found = re.search(r"[\w./-]+/[\w.-]+|[\w-]+\.\w+", line)
             owner = changed.get(found[0]) if found else None
             self.report(f"{', '.join(owner)}: {line}" if owner else line)
 
 
-def _checkout(clone: Clone, tip: str, release: Release) -> Path:
-    """Return a tree of the whole series, apart from the one people work in."""
-    tree = BUILD / f"lint-{release.tag}"
+def checkout(clone: Clone, tip: str, tree: Path) -> Clone:
+    """Return a commit's files in a tree apart from the one people work in.
+
+    Args:
+        clone: where the commit is.
+        tip: the commit.
+        tree: where the tree is, made if it is not there.
+    """
     try:
         own = Clone(tree)
         own("checkout", "-q", "-f", "--detach", tip)
@@ -278,7 +283,7 @@ def _checkout(clone: Clone, tip: str, release: Release) -> Path:
         own = Clone(tree)
         own("checkout", "-q", "-f", "--detach", tip)
     own("clean", "-q", "-f", "-d")
-    return tree
+    return own
 
 
 def _call(command: list[str], cwd: Path) -> list[str]:
@@ -299,8 +304,16 @@ def _call(command: list[str], cwd: Path) -> list[str]:
     return said or [f"{shlex.join(command[:3])} failed with {done.returncode}"]
 
 
-def _upstream(tree: Path, files: list[str]) -> Iterator[str]:
-    """Run vLLM's ruff, typos and its hooks that need nothing but Python."""
+def upstream(tree: Path, files: list[str]) -> Iterator[str]:
+    """Run vLLM's ruff, typos and its hooks that need nothing but Python.
+
+    Args:
+        tree: a checkout of vLLM that may be changed.
+        files: those of it to check.
+
+    Yields:
+        One line a finding.
+    """
     config = yaml.safe_load((tree / ".pre-commit-config.yaml").read_text())
     python = [name for name in files if name.endswith((".py", ".pyi"))]
     for repo in config["repos"]:

@@ -177,6 +177,43 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
     return commits
 
 
+def graft(clone: Clone, onto: str, commit: str, inside: str, folder: Path) -> str:
+    """Make a commit of another one's changes to the files of one folder alone.
+
+    Args:
+        clone: where; only objects are written.
+        onto: the commit to start from.
+        commit: the one that has the changes.
+        inside: the folder, such as "tests/".
+        folder: an empty folder to work in.
+
+    Returns:
+        The commit, `onto` if nothing in the folder differs.
+    """
+    git = Scratch(clone, folder)
+    raw = git("diff-tree", "-r", "-z", "--no-renames", onto, commit, "--", inside)
+    parts = raw.split(b"\0")
+    if len(parts) < 2:
+        return onto
+    index = b""
+    for said, name in zip(parts[0::2], parts[1::2], strict=False):
+        _, mode, _, blob, _ = said.split()
+        index += b"%s %s 0\t%s\0" % (mode, blob, name)
+    git("read-tree", onto)
+    git("update-index", "-z", "--index-info", data=index)
+    tree = git("write-tree").decode().strip()
+    date = git("show", "-s", "--format=%cI", commit).decode().strip()
+    made = git(
+        *("commit-tree", tree, "-p", onto),
+        data=b"Only " + inside.encode() + b" of the next commit\n",
+        GIT_AUTHOR_NAME=NAME,
+        GIT_AUTHOR_EMAIL=EMAIL,
+        GIT_AUTHOR_DATE=date,
+        GIT_COMMITTER_DATE=date,
+    )
+    return made.decode().strip()
+
+
 def _fetch_lazy(clone: Clone, base: str, files: list[Path]) -> None:
     # A clone made with --filter gets blobs only when its own git asks for them.
     try:

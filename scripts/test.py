@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -60,6 +61,25 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
+def outcomes(report: Path) -> Iterator[tuple[str, str]]:
+    """Read a junit report.
+
+    Args:
+        report: the file that pytest wrote.
+
+    Yields:
+        A test's name, and "passed", "failed" or "skipped".
+    """
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            yield name, "failed"
+        elif case.find("skipped") is not None:
+            yield name, "skipped"
+        else:
+            yield name, "passed"
+
+
 def count(report: Path, tally: Tally) -> None:
     """Add a junit report to a tally.
 
@@ -67,25 +87,32 @@ def count(report: Path, tally: Tally) -> None:
         report: the file that pytest wrote.
         tally: what to add to.
     """
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            tally.failed += 1
-            tally.failures.append(f"{case.get('classname')}::{case.get('name')}")
-        elif case.find("skipped") is not None:
-            tally.skipped += 1
-        else:
-            tally.passed += 1
+    for name, outcome in outcomes(report):
+        setattr(tally, outcome, getattr(tally, outcome) + 1)
+        if outcome == "failed":
+            tally.failures.append(name)
 
 
-def touched(release: Release) -> list[str]:
-    """Return the test files that the series adds or changes."""
+def touched(files: list[Path]) -> list[str]:
+    """Return the test files that patches add or change."""
     names: dict[str, None] = {}
-    for path in series.patches(release.patches):
+    for path in files:
         text = path.read_bytes().decode(errors="replace")
         for name in re.findall(r"(?m)^diff --git a/.* b/(tests/.*)$", text):
             if re.fullmatch(r"test_.*\.py", name.rpartition("/")[2]):
                 names[name] = None
     return list(names)
+
+
+def command(python: Path, report: Path, what: list[str]) -> list[str]:
+    """Return the command line that runs tests and writes a junit report of them."""
+    pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-q")
+    return [str(python), *pytest, f"--junitxml={report}", *what]
+
+
+def environ() -> dict[str, str]:
+    """Return the variables that tests run with."""
+    return {k: v for k, v in os.environ.items() if k not in _OWN}
 
 
 def pytest(
@@ -111,21 +138,15 @@ def pytest(
     stem = re.sub(r"\W+", "-", what[0] if len(what) == 1 else f"{tally.name}-all")
     report, log = reports / f"{stem}.xml", reports / f"{stem}.log"
     report.unlink(missing_ok=True)
-    command = [
-        str(python),
-        *("-m", "pytest", "-p", "no:cacheprovider", "-q", f"--junitxml={report}"),
-        *what,
-        *shlex.split(console.option("ARGS")),
-    ]
-    clean = {k: v for k, v in os.environ.items() if k not in _OWN}
+    more = shlex.split(console.option("ARGS"))
     say(f"  {what[0] if len(what) == 1 else f'{len(what)} files'}")
     start = time.monotonic()
     with (
         log.open("w") as out,
         subprocess.Popen(
-            command,
+            command(python, report, [*what, *more]),
             cwd=cwd,
-            env=clean | (env or {}),
+            env=environ() | (env or {}),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -151,6 +172,7 @@ def pytest(
 # Variables of make's command line: a test that runs make must not inherit them.
 _OWN = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
+    *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),
 }
 
@@ -221,7 +243,7 @@ def stage(name: str, release: Release, target: Host | None) -> Tally:
         with console.lock():
             clone, _ = open_clone(release)
         env = checkpoint(target)
-        ours = touched(release)
+        ours = touched(series.patches(release.patches))
         # Each in a process of its own: they start engines.
         for test in ours:
             pytest(tally, target.python, clone.path, [test], env)

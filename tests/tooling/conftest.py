@@ -221,6 +221,7 @@ class Toy:
 
 OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
+    *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
 }
 

@@ -34,15 +34,14 @@ def distribution(site: Path, name: str, version: str) -> None:
     )
 
 
-@pytest.fixture
-def theirs(toy: Toy, tmp_path: Path) -> Path:
-    """An environment of a person's that has the toy release's CPU wheel."""
+def make_theirs(toy: Toy, base: Path, tree: dict[str, str]) -> Path:
+    """Make a toy release of a tree, and an environment that has its CPU wheel."""
     path = toy.root / "build" / "cache" / "vllm-1.0.0.tar.gz"
     pins = toy.root / "pins.toml"
     was = hashlib.sha256(path.read_bytes()).hexdigest()
-    text = pins.read_text().replace(was, sdist(path, TREE | MORE))
+    text = pins.read_text().replace(was, sdist(path, tree))
     pins.write_text(text + PINS)
-    env = tmp_path / "their env"
+    env = base / "their env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
     site = next(env.glob("lib/python3*/site-packages"))
     for name in ("pytest", "pytest-asyncio", "pytest-timeout", "tblib"):
@@ -61,6 +60,12 @@ def theirs(toy: Toy, tmp_path: Path) -> Path:
     (site / "theirs.py").write_text("value = 7\n")
     (site / "torchaudio.py").write_text("raise OSError('not for this torch')\n")
     return env / "bin" / "python"
+
+
+@pytest.fixture
+def theirs(toy: Toy, tmp_path: Path) -> Path:
+    """An environment of a person's that has the toy release's CPU wheel."""
+    return make_theirs(toy, tmp_path, TREE | MORE)
 
 
 def snapshot(python: Path) -> dict[str, bytes]:

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, Toy
 
 sys.path.insert(0, str(ROOT))
 
-from scripts import pins
+from scripts import pins, series
 from scripts import test as runner
 
 TESTS = """
@@ -71,12 +70,11 @@ def test_unknown_stage(toy: Toy) -> None:
     assert "STAGE=slow is unknown" in toy.fails("test", STAGE="slow")
 
 
-def test_touched(filled: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_touched(filled: Toy) -> None:
     filled.change("tests/a/test_b.py", "", "# SPDX\n", "A test")
     filled.change("tests/a/utils.py", "", "# SPDX\n", "No test")
     filled.run("export")
-    monkeypatch.setattr(pins, "ROOT", filled.root)
-    assert runner.touched(pins.load()) == ["tests/a/test_b.py"]
+    assert runner.touched(series.patches(filled.patches)) == ["tests/a/test_b.py"]
 
 
 def test_pins_are_whole() -> None:

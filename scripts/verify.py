@@ -1,0 +1,1121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make verify`: each patch on its own, with only those before it."""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from scripts import build, console, lint, pins, series
+from scripts import test as runner
+from scripts.apply import open_clone
+from scripts.build import Host
+from scripts.console import BUILD, ROOT, Failure, err, say, show
+from scripts.git import Clone, GitError
+from scripts.pins import Release
+
+HOOK = "vllm_gemma4_verify"
+# What every process of a check runs.
+HOOKS = ("runtime_hook", "verify_hook")
+# What the environment of the checks is made from.
+ENVIRONMENT = (
+    "pins.toml",
+    "scripts/constraints-{tag}-cpu.txt",
+    "scripts/constraints-{tag}-cuda.txt",
+    "scripts/runtime_hook.py",
+    "scripts/verify_hook.py",
+)
+# Longer than any check takes; one that hangs must end.
+LIMIT = 1200
+# Results kept of one check: a series that is worked on makes new ones all the time.
+KEEP = 40
+# Files that no test reads.
+ASIDE = re.compile(r"(docs|\.github|\.buildkite)/|.*\.md$")
+# vLLM's own tag for a patch that changes nothing that a test could see.
+NEUTRAL = "[Refactor]"
+
+LINT = """
+import sys, pathlib
+from scripts import lint
+found = list(lint.upstream(pathlib.Path(sys.argv[1]), sys.argv[2:]))
+print(*found, sep="\\n")
+sys.exit(bool(found))
+"""
+IMPORT = """
+import importlib, json, sys
+import vllm
+print(vllm.__file__)
+found = {}
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+        found[name] = ""
+    except BaseException as error:
+        found[name] = f"{type(error).__name__}: {error}"
+        print(name, found[name], sep=": ")
+json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
+@dataclass
+class Step:
+    """A patch and the trees around it.
+
+    `stripped` is the tree before it with only its tests. Of the test files that are
+    there after it, `own` are those that it touches, `earlier` those of the patches
+    before it.
+    """
+
+    number: int
+    patch: lint.Patch
+    before: str
+    after: str
+    stripped: str
+    own: list[str]
+    earlier: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:04}"
+
+    @property
+    def status(self) -> str:
+        for row in self.patch.body:
+            if row.startswith("Upstream-Status:"):
+                return row.partition(":")[2].strip()
+        return "none"
+
+
+class State:
+    """What a commit holds.
+
+    Args:
+        clone: where the commit is.
+        commit: which.
+    """
+
+    def __init__(self, clone: Clone, commit: str) -> None:
+        self.blobs = clone.blobs(commit)
+        self.tree = clone("rev-parse", commit + "^{tree}")
+        rest = [
+            item
+            for item in self.blobs.items()
+            if not item[0].endswith(".py") and not ASIDE.match(item[0])
+        ]
+        self.rest = _hash(*sorted(rest))
+
+    def seen(self, names: Iterable[str]) -> str:
+        """Return a hash of what a check saw of this tree.
+
+        Args:
+            names: the modules that it looked for, there or not, and the files.
+                What is no Python is always part of it, for nothing notes who
+                reads it; "*" stands for everything.
+        """
+        if "*" in names:
+            return self.tree
+        parts = []
+        for name in sorted(names):
+            stem = name.replace(".", "/")
+            files = (
+                (name,)
+                if name.endswith(".py")
+                else (stem + ".py", stem + "/__init__.py")
+            )
+            parts += [self.blobs.get(file, "") for file in files]
+        return _hash(self.rest, *parts)
+
+
+@dataclass
+class Result:
+    """What came of a check, and what that depends on."""
+
+    tree: str
+    names: list[str] = field(default_factory=list)
+    seen: str = ""
+    outcomes: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    why: str = ""
+    log: str = ""
+    # What is not worth keeping is found out again by the next run.
+    keep: bool = False
+
+    def tests(self, outcome: str) -> list[str]:
+        """Return the tests with an outcome."""
+        return [name for name, came in self.outcomes.items() if came == outcome]
+
+    @property
+    def good(self) -> bool:
+        """Whether something ran and nothing failed."""
+        return not self.why and bool(self.outcomes) and not self.tests("failed")
+
+
+class Store:
+    """Results on disk; a check is not run again while what it saw is the same.
+
+    Args:
+        folder: where.
+        keys: for each kind of check, a hash of what runs it.
+        full: take only results of the very same tree.
+    """
+
+    def __init__(self, folder: Path, keys: dict[str, str], full: bool) -> None:
+        self.folder, self.keys, self.full = folder, keys, full
+        self.kept: dict[str, list[Result]] = {}
+        self.guard = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, what: str) -> Path:
+        key = self.keys[what.split()[0]]
+        return self.folder / f"{_hash(key, what)[:32]}.json"
+
+    def _load(self, what: str) -> list[Result]:
+        if what not in self.kept:
+            found: list[Result] = []
+            # What cannot be read is run again.
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                rows = json.loads(self._file(what).read_text())
+                found = [Result(**row) for row in rows]
+            self.kept[what] = found
+        return self.kept[what]
+
+    def find(self, what: str, state: State) -> Result | None:
+        """Return what came of a check on a tree that was the same to it."""
+        with self.guard:
+            known = self._load(what)
+            for one in known:
+                if one.tree == state.tree:
+                    return one
+            if self.full:
+                return None
+            return next((r for r in known if r.seen == state.seen(r.names)), None)
+
+    def add(self, what: str, result: Result) -> None:
+        """Keep a result, for this run alone unless it says otherwise."""
+        with self.guard:
+            known = self._load(what)
+            known[:] = [r for r in known if r.tree != result.tree][: KEEP - 1]
+            known.insert(0, result)
+            rows = [asdict(r) for r in known if r.keep]
+            file = self._file(what)
+            fresh = file.with_suffix(".new")
+            fresh.write_text(json.dumps(rows))
+            fresh.replace(file)
+
+    def guess(self, what: str) -> float | None:
+        """Return how long a check took last, None if it never ran."""
+        with self.guard:
+            return next((r.seconds for r in self._load(what)), None)
+
+
+class Slot:
+    """A tree to run checks in, one at a time.
+
+    Args:
+        clone: where the commits are.
+        base: the release's commit.
+        path: where the tree is.
+        wheel: the `vllm` folder with the compiled files.
+    """
+
+    def __init__(self, clone: Clone, base: str, path: Path, wheel: Path) -> None:
+        self.clone, self.base, self.path, self.wheel = clone, base, path, wheel
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Checks inherit it, so that no tree is changed under one whose parent was
+        # killed.
+        self.lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def put(self, commit: str) -> Path:
+        """Bring the tree to a commit, with the compiled files; return its path."""
+        marker = self.path.with_suffix(".at")
+        at = marker.read_text() if marker.exists() else ""
+        marker.unlink(missing_ok=True)
+        own = lint.checkout(self.clone, commit, self.path)
+        keep = ("__pycache__", ".mypy_cache", ".ruff_cache")
+        own("clean", "-q", "-ffdx", *(f"--exclude={name}" for name in keep))
+        self._forget(own, at, commit)
+        for name in build.compiled(own, self.base, self.wheel):
+            link = self.path / name
+            if not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(self.wheel / name.removeprefix("vllm/"))
+        marker.write_text(commit)
+        return self.path
+
+    def _forget(self, own: Clone, at: str, commit: str) -> None:
+        """Remove Python's caches of changed files.
+
+        It knows a file again by its size and the second of its last change, and two
+        commits can be in this tree within a second.
+        """
+        if not own.resolve(at or "-"):
+            for folder in list(self.path.rglob("__pycache__")):
+                console.remove(folder)
+            return
+        listed = own("diff", "--name-only", "--no-renames", "-z", at, commit)
+        for name in listed.split("\0"):
+            if not name.endswith(".py"):
+                continue
+            cache = (self.path / name).parent / "__pycache__"
+            for file in cache.glob(f"{Path(name).stem}.*.pyc"):
+                file.unlink()
+            # An empty folder would be a package.
+            with contextlib.suppress(OSError):
+                for folder in (cache, *cache.parents):
+                    if folder == self.path:
+                        break
+                    folder.rmdir()
+
+
+class Stopped(Exception):
+    """The run is ending: nothing more is started."""
+
+
+class Commands:
+    """The commands under way, all ended by `stop`."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.guard = threading.Lock()
+        self.stopped = False
+
+    def run(
+        self, command: list[str], slot: Slot, cwd: Path, env: dict[str, str], log: Path
+    ) -> int | None:
+        """Run a command.
+
+        Args:
+            command: what to run.
+            slot: the tree that it uses.
+            cwd: where.
+            env: all its variables.
+            log: the file for its output, appended to.
+
+        Returns:
+            Its exit status, None if it took too long.
+
+        Raises:
+            Stopped: `stop` was called.
+        """
+        with self.guard:
+            if self.stopped:
+                raise Stopped
+            with log.open("ab") as out:
+                one = subprocess.Popen(
+                    command,
+                    cwd=cwd,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    pass_fds=[slot.lock],
+                )
+            self.running.add(one)
+        try:
+            status: int | None = one.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            status = None
+        with self.guard:
+            self.running.discard(one)
+            if self.stopped:
+                raise Stopped
+            if status is None:
+                os.killpg(one.pid, signal.SIGKILL)
+                one.wait()
+        return status
+
+    def stop(self) -> None:
+        """End what is under way, engines that a test started too."""
+        with self.guard:
+            self.stopped = True
+            for one in self.running:
+                if one.poll() is None:
+                    os.killpg(one.pid, signal.SIGKILL)
+
+
+@dataclass(eq=False)
+class Check:
+    """One thing to find out about a patch.
+
+    Args:
+        step: the patch.
+        kind: "lint", "import", "test" or "without".
+        file: the test file of a "test".
+        needs: what must be done before.
+    """
+
+    step: Step
+    kind: str
+    file: str = ""
+    needs: list["Check"] = field(default_factory=list)
+    result: Result | None = None
+    # Of "without": what to show of it.
+    shown: str = ""
+
+    @property
+    def what(self) -> str:
+        """What it is called in the store: the same for all patches where it can be."""
+        if self.kind == "test":
+            return f"test {self.file}"
+        return f"{self.kind} {' '.join(sorted(self.step.patch.files))}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.step.name} {self.kind} {self.file}".strip()
+
+
+class Verifier:
+    """All that checks need.
+
+    Args:
+        clone: where the commits are.
+        target: the environment that runs them.
+        store: earlier results.
+        more: variables for tests.
+        logs: the folder for their output.
+    """
+
+    def __init__(
+        self,
+        clone: Clone,
+        target: Host,
+        store: Store,
+        more: dict[str, str],
+        logs: Path,
+    ) -> None:
+        self.clone, self.target, self.store = clone, target, store
+        self.more, self.logs = more, logs
+        self.commands = Commands()
+        self._states: dict[str, State] = {}
+        self.guard = threading.Lock()
+
+    def state(self, commit: str) -> State:
+        """Return what a commit holds."""
+        with self.guard:
+            if commit not in self._states:
+                self._states[commit] = State(self.clone, commit)
+            return self._states[commit]
+
+    def known(self, check: Check) -> Result | None:
+        """Return an earlier result of a check that still holds."""
+        return self.store.find(check.what, self.state(check.step.after))
+
+    def run(self, check: Check, slot: Slot) -> None:
+        """Find out, in a tree, what no earlier result says."""
+        if check.kind == "without":
+            self._without(check, slot)
+            return
+        check.result = self.known(check)
+        if check.result is None:
+            make = {"lint": self._lint, "import": self._import, "test": self._test}
+            check.result = make[check.kind](check, slot)
+            check.result.keep = check.result.good
+            self.store.add(check.what, check.result)
+
+    def _call(
+        self, slot: Slot, commit: str, command: list[str], stem: str
+    ) -> tuple[Result, int | None]:
+        """Run a command of the environment on a commit and note what it imports."""
+        tree = slot.put(commit)
+        state = self.state(commit)
+        log, notes = self.logs / f"{stem}.log", self.logs / f"{stem}.notes"
+        log.unlink(missing_ok=True)
+        notes.write_text("")
+        env = runner.environ() | self.more
+        env |= {
+            "PYTHONPATH": str(tree),
+            "VLLM_GEMMA4_TREE": str(tree),
+            "VLLM_GEMMA4_NOTES": str(notes),
+        }
+        start = time.monotonic()
+        status = self.commands.run(command, slot, tree, env, log)
+        result = Result(state.tree, log=str(log))
+        result.seconds = time.monotonic() - start
+        names = set(notes.read_text().splitlines())
+        notes.unlink()
+        for name in sorted(names):
+            if name.startswith("vllm="):
+                names.remove(name)
+                names.add("vllm")
+                where = name.partition("=")[2]
+                if not where.startswith(f"{tree}{os.sep}"):
+                    result.why = f"a process imported {where or 'no vLLM'}"
+        result.names = sorted(names)
+        if status is None:
+            result.why = f"it took more than {LIMIT} s"
+        elif status < 0:
+            result.why = f"it died of {signal.Signals(-status).name}"
+        return result, status
+
+    def _lint(self, check: Check, slot: Slot) -> Result:
+        step = check.step
+        tree = slot.put(step.after)
+        blobs = self.state(step.after).blobs
+        files = [name for name in dict.fromkeys(step.patch.files) if name in blobs]
+        log = self.logs / f"{step.name}-lint.log"
+        log.unlink(missing_ok=True)
+        result = Result(self.state(step.after).tree, ["*"], log=str(log))
+        result.seen = result.tree
+        start = time.monotonic()
+        command = [sys.executable, "-c", LINT, str(tree), *files]
+        status = self.commands.run(command, slot, ROOT, runner.environ(), log)
+        result.seconds = time.monotonic() - start
+        result.outcomes = {"lint": "failed" if status else "passed"}
+        if status is None:
+            result.why = f"it took more than {LIMIT} s"
+        return result
+
+    def _import(self, check: Check, slot: Slot) -> Result:
+        step = check.step
+        blobs = self.state(step.after).blobs
+        modules = [
+            re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
+            for name in dict.fromkeys(step.patch.files)
+            if name.startswith("vllm/") and name.endswith(".py") and name in blobs
+        ]
+        modules = list(dict.fromkeys([*modules, *self._importers(step.after, modules)]))
+        result, bad = self._modules(slot, step.after, modules, f"{step.name}-import")
+        result.outcomes = dict.fromkeys(("vllm", *modules), "passed")
+        if bad:
+            # Some need a device, or a package, that is not here. All again in the
+            # same order, for a module that fails half-way leaves its parts behind.
+            stem = f"{step.name}-import-before"
+            before, old = self._modules(slot, step.before, modules, stem)
+            result.seconds += before.seconds
+            result.why = result.why or (before.why and f"before it, {before.why}")
+            there = self.state(step.before).blobs
+            for name in bad:
+                path = name.replace(".", "/")
+                was = {f"{path}.py", f"{path}/__init__.py"} & there.keys()
+                result.outcomes[name] = "skipped" if was and name in old else "failed"
+            result.names = ["*"]
+        result.seen = self.state(step.after).seen(result.names)
+        return result
+
+    def _importers(self, commit: str, modules: list[str]) -> list[str]:
+        """Return the modules that import from any of these, by what their text says."""
+        words = []
+        for module in modules:
+            package, _, stem = module.rpartition(".")
+            at, of = re.escape(module), re.escape(package)
+            words += [f"^ *(from|import) {at}( |$)", f"^ *from {of} import .*{stem}"]
+        if not words:
+            return []
+        patterns = [part for word in words for part in ("-e", word)]
+        try:
+            said = self.clone("grep", "-l", "-E", *patterns, commit, "--", "vllm/*.py")
+        except GitError:
+            return []
+        names = [line.partition(":")[2] for line in said.splitlines()]
+        return [
+            re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
+            for name in names
+            if not name.endswith("/__main__.py")
+        ]
+
+    def _modules(
+        self, slot: Slot, commit: str, modules: list[str], stem: str
+    ) -> tuple[Result, dict[str, str]]:
+        """Import modules of a commit; return those that do not with their errors."""
+        out = self.logs / f"{stem}.json"
+        out.unlink(missing_ok=True)
+        command = [str(self.target.python), "-c", IMPORT, str(out), *modules]
+        result, status = self._call(slot, commit, command, stem)
+        if status or not out.exists():
+            result.why = result.why or "vLLM does not import"
+            return result, {}
+        found: dict[str, str] = json.loads(out.read_text())
+        return result, {name: error for name, error in found.items() if error}
+
+    def _test(self, check: Check, slot: Slot) -> Result:
+        stem = f"{check.step.name}-{_stem(check.file)}"
+        return self._pytest(slot, check.step.after, check.file, [], stem)
+
+    def _pytest(
+        self, slot: Slot, commit: str, file: str, more: list[str], stem: str
+    ) -> Result:
+        report = self.logs / f"{stem}.xml"
+        report.unlink(missing_ok=True)
+        command = runner.command(self.target.python, report, [file, *more])
+        result, status = self._call(slot, commit, command, stem)
+        if report.exists():
+            for name, outcome in runner.outcomes(report):
+                # A test that passes and fails when it is torn down is there twice.
+                if result.outcomes.get(name) != "failed":
+                    result.outcomes[name] = outcome
+        if not result.why and status not in (0, 5) and not result.tests("failed"):
+            # A conftest that does not import leaves no report.
+            result.outcomes[_whole(file)] = "failed"
+        folders = Path(file).parents
+        conftests = [(folder / "conftest.py").as_posix() for folder in folders]
+        result.names = sorted({*result.names, file, *conftests})
+        result.seen = self.state(commit).seen(result.names)
+        return result
+
+    def _without(self, check: Check, slot: Slot) -> None:
+        """See the patch's tests fail on the tree before it."""
+        step = check.step
+        after = {need.file: need.result for need in check.needs if need.result}
+        passed = {file: set(one.tests("passed")) for file, one in after.items()}
+        files = [file for file in step.own if passed.get(file)]
+        state = self.state(step.stripped)
+        check.shown = "PASSES" if files else "skipped here"
+        for file in sorted(files, key=lambda file: after[file].seconds):
+            # The first failure is mostly enough. Only that of a test that passes with
+            # the patch counts.
+            for more in (["--maxfail=1"], []):
+                what = " ".join(["without", file, *more])
+                result = self.store.find(what, state)
+                if result is None:
+                    stem = f"{step.name}-without-{_stem(file)}"
+                    result = self._pytest(slot, step.stripped, file, more, stem)
+                    self.store.add(what, result)
+                check.result = result
+                failed = result.tests("failed")
+                if result.why:
+                    check.shown = result.why
+                    break
+                if passed[file] & set(failed) or _whole(file) in failed:
+                    result.keep = True
+                    self.store.add(what, result)
+                    check.shown = "fails"
+                    return
+                if not failed:
+                    break
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()
+
+
+def _stem(file: str) -> str:
+    return re.sub(r"\W+", "-", file)
+
+
+def _whole(file: str) -> str:
+    """Return the name that a junit report gives a file that does not import."""
+    return "::" + file.removesuffix(".py").replace("/", ".")
+
+
+def keys(target: Host, release: Release) -> dict[str, str]:
+    """Return, for each kind of check, a hash of what runs it.
+
+    Args:
+        target: the environment.
+        release: the release.
+    """
+    settings = target.python.parent.parent
+    layers = [*target.layers, str(build.packages(target.python))]
+    run = _hash(
+        target.kind,
+        release.runtimes[target.kind].env,
+        release.runtimes[target.kind].modules,
+        [_packages(Path(layer)) for layer in layers],
+        [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _native(target)],
+        (settings / "hide.json").read_text(),
+        *((ROOT / "scripts" / f"{name}.py").read_text() for name in HOOKS),
+        sys.version,
+    )
+    tiny = (ROOT / "scripts" / "tiny_gemma4.py").read_text() + runner.DRAW
+    how = runner.command(Path("python"), Path("report"), [])
+    test = _hash(run, tiny, runner.IMAGES, runner.REDIRECT, how)
+    own = next((Path(path) for path in sys.path if path.endswith("-packages")), ROOT)
+    return {
+        "lint": _hash(_packages(own), (ROOT / "scripts" / "lint.py").read_text()),
+        "import": _hash(run, IMPORT),
+        "test": test,
+        "without": test,
+    }
+
+
+def _native(target: Host) -> list[Path]:
+    return sorted(target.wheel.rglob("*.so"))
+
+
+def _packages(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.dist-info"))
+
+
+def environment(release: Release, clone: Clone) -> Host:
+    """Return the environment of the checks: a thin one, which imports any tree.
+
+    Args:
+        release: the release.
+        clone: the checkout, see `build.host`.
+    """
+    target = build.environment(release, clone, "-verify")
+    build.hook(target, None, release)
+    site = build.packages(target.python)
+    text = (ROOT / "scripts" / "verify_hook.py").read_text()
+    for name, body in {f"{HOOK}.py": text, f"{HOOK}.pth": f"import {HOOK}\n"}.items():
+        if not (site / name).exists() or (site / name).read_text() != body:
+            (site / name).write_text(body)
+    return target
+
+
+def steps(clone: Clone, base: str, files: list[Path], folder: Path) -> list[Step]:
+    """Return a series patch by patch.
+
+    Args:
+        clone: where its commits are made.
+        base: the release's commit.
+        files: the patches.
+        folder: an empty folder to work in.
+    """
+    (folder / "derive").mkdir()
+    commits = series.derive(clone, base, files, folder / "derive")
+    made = []
+    touched: dict[str, None] = {}
+    for number, (path, before, after) in enumerate(
+        zip(files, [base, *commits], commits, strict=False), 1
+    ):
+        work = folder / str(number)
+        work.mkdir()
+        stripped = series.graft(clone, before, after, "tests/", work)
+        there = clone.blobs(after)
+        own = [name for name in runner.touched([path]) if name in there]
+        earlier = [name for name in touched if name in there and name not in own]
+        touched |= dict.fromkeys(own)
+        patch = lint.parse(path.read_bytes().decode(errors="replace"))
+        made.append(Step(number, patch, before, after, stripped, own, earlier))
+    return made
+
+
+def select(text: str, count: int) -> set[int]:
+    """Return the numbers of the patches that PATCH= names.
+
+    Args:
+        text: such as "0007", "3-5", "3-" or "1,4"; empty for all.
+        count: how many there are.
+
+    Raises:
+        Failure: it is none of these, or there is no such patch.
+    """
+    chosen: set[int] = set()
+    for part in text.replace(",", " ").split():
+        found = re.fullmatch(r"(\d{1,4})(-(\d{0,4}))?", part)
+        if not found:
+            raise Failure(f"PATCH={text} is unknown", "give such as 0007, 3-5 or 3-")
+        first = int(found[1])
+        last = int(found[3] or count) if found[2] else first
+        if not 1 <= first <= last <= count:
+            raise Failure(
+                f"PATCH={text} is not in the series", f"it has 0001 to {count:04}"
+            )
+        chosen |= set(range(first, last + 1))
+    return chosen or set(range(1, count + 1))
+
+
+def unknown(
+    clone: Clone,
+    base: str,
+    made: list[Step],
+    release: Release,
+    since: str,
+    folder: Path,
+) -> set[int]:
+    """Return the numbers of the patches whose trees an earlier series has not.
+
+    A patch is verified with the tree that it makes of the one before it. So all that
+    follow a changed patch are new too, and one whose message or number alone changed
+    is not. Where what runs the checks has changed, all are.
+
+    Args:
+        clone: where commits are made.
+        base: the release's commit.
+        made: the series.
+        release: the release.
+        since: a revision of this project.
+        folder: an empty folder to work in.
+
+    Raises:
+        Failure: there is no such revision.
+    """
+    every = {step.number for step in made}
+    ask = "give SINCE= a commit, branch or tag of this project"
+    try:
+        own = Clone(ROOT)
+    except GitError:
+        raise Failure(f"{ROOT} is no git checkout", "run it without SINCE=") from None
+    commit = own.resolve(since)
+    if not commit:
+        raise Failure(f"SINCE={since} is no revision of this project", ask)
+    top = Path(own("rev-parse", "--show-toplevel"))
+    inside = ROOT.resolve().relative_to(top.resolve()).as_posix()
+    inside = "" if inside == "." else inside + "/"
+    for name in ENVIRONMENT:
+        name = name.format(tag=release.tag)
+        path = ROOT / name
+        try:
+            then = own("show", f"{commit}:{inside}{name}")
+        except GitError:
+            then = ""
+        if _said(name, then, release) != _said(
+            name, path.read_text() if path.exists() else "", release
+        ):
+            say(f"{name} differs from {since}'s: all patches")
+            return every
+    old = folder / "patches"
+    for name in ("patches", "derive"):
+        (folder / name).mkdir()
+    where = f"{inside}patches/{release.tag}/"
+    for name, blob in own.blobs(commit).items():
+        if name.startswith(where) and name.endswith(".patch"):
+            data = own("cat-file", "blob", blob) + "\n"
+            path = old / name.removeprefix(where)
+            path.write_bytes(data.encode(errors="surrogateescape"))
+    try:
+        commits = series.derive(clone, base, series.patches(old), folder / "derive")
+    except Failure:
+        say(f"the series of {since} does not apply: all patches")
+        return every
+    trees = [clone("rev-parse", c + "^{tree}") for c in (base, *commits)]
+    pairs = set(itertools.pairwise(trees))
+    return {
+        step.number
+        for step in made
+        if tuple(clone("rev-parse", c + "^{tree}") for c in (step.before, step.after))
+        not in pairs
+    }
+
+
+def _said(name: str, text: str, release: Release) -> object:
+    """Return what a file of ENVIRONMENT says of a release."""
+    if name == "pins.toml":
+        return tomllib.loads(text).get("releases", {}).get(release.tag)
+    return text.strip()
+
+
+def checks(made: list[Step]) -> list[Check]:
+    """Return what to find out about patches, in their order.
+
+    Args:
+        made: the patches.
+    """
+    listed: list[Check] = []
+    last: dict[str, Check] = {}
+    for step in made:
+        listed += [Check(step, "lint"), Check(step, "import")]
+        own = []
+        for file in (*step.own, *step.earlier):
+            # What this one finds out, the next may not have to.
+            needs = [last[file]] if file in last else []
+            last[file] = Check(step, "test", file, needs)
+            listed.append(last[file])
+            if file in step.own:
+                own.append(last[file])
+        if own and NEUTRAL not in step.patch.subject:
+            listed.append(Check(step, "without", needs=own))
+    return listed
+
+
+def slots(clone: Clone, base: str, folder: Path, wheel: Path, count: int) -> list[Slot]:
+    """Return trees that no check is at work in.
+
+    Args:
+        clone: where the commits are.
+        base: the release's commit.
+        folder: where the trees are.
+        wheel: the wheel's `vllm` folder.
+        count: how many.
+    """
+    found: list[Slot] = []
+    for number in range(100):
+        if len(found) == count:
+            break
+        with contextlib.suppress(BlockingIOError):
+            found.append(Slot(clone, base, folder / f"tree-{number}", wheel))
+    return found
+
+
+def _left(verifier: Verifier, pending: list[Check], jobs: int, mean: float) -> float:
+    """Estimate the seconds that checks will take."""
+    total = 0.0
+    for check in pending:
+        if check.kind == "without":
+            total += verifier.store.guess(f"without {check.step.own[0]}") or mean
+        elif not verifier.known(check):
+            total += verifier.store.guess(check.what) or mean
+    return total / jobs
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
+
+
+def perform(
+    verifier: Verifier, listed: list[Check], free: list[Slot], deadline: float
+) -> list[Check]:
+    """Run checks, as many at a time as there are trees.
+
+    Args:
+        verifier: what runs them.
+        listed: the checks.
+        free: the trees.
+        deadline: when to start no more, as of time.monotonic.
+
+    Returns:
+        The checks that were not reached.
+    """
+    jobs = len(free)
+    pending, done = list(listed), set[Check]()
+    running: dict[Future[None], tuple[Check, Slot]] = {}
+    columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn())
+    begun = time.monotonic()
+
+    def work(check: Check, slot: Slot) -> None:
+        with contextlib.suppress(Stopped):
+            verifier.run(check, slot)
+
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        Progress(
+            *columns, TextColumn("{task.description}"), console=err, transient=True
+        ) as bar,
+    ):
+        task = bar.add_task("", total=len(listed))
+        try:
+            while running or (pending and time.monotonic() < deadline):
+                for check in list(pending):
+                    if not free or time.monotonic() >= deadline:
+                        break
+                    if all(need in done for need in check.needs):
+                        pending.remove(check)
+                        slot = free.pop()
+                        running[pool.submit(work, check, slot)] = (check, slot)
+                ended, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    check, slot = running.pop(future)
+                    free.append(slot)
+                    future.result()
+                    done.add(check)
+                    mean = (time.monotonic() - begun) * jobs / len(done)
+                    left = _left(verifier, pending, jobs, mean)
+                    now = ", ".join(check.title for check, _ in running.values())
+                    bar.update(
+                        task,
+                        completed=len(done),
+                        description=f"about {_minutes(left)} left {now}",
+                    )
+                    if all(c in done for c in listed if c.step is check.step):
+                        say(
+                            f"{check.step.name}: {outcome(check.step, listed)}, "
+                            f"{len(done)} of {len(listed)} checks"
+                            + (f", about {_minutes(left)} left" if pending else "")
+                        )
+        except BaseException:
+            verifier.commands.stop()
+            raise
+    return pending
+
+
+def bad(check: Check) -> bool:
+    """Return whether a check that was run found something wrong."""
+    if check.kind == "without":
+        return check.shown not in ("fails", "skipped here", "")
+    return check.result is not None and not check.result.good
+
+
+def outcome(step: Step, listed: list[Check]) -> str:
+    """Return in a word what a patch's checks came to."""
+    found = sum(bad(check) for check in listed if check.step is step)
+    return f"{found} FAILED" if found else "good"
+
+
+def _counts(results: list[Result]) -> str:
+    said = []
+    for name in ("passed", "failed", "skipped"):
+        if number := sum(len(one.tests(name)) for one in results):
+            said.append(f"{number} {name}")
+    return ", ".join(said) or "-"
+
+
+def table(
+    verifier: Verifier, made: list[Step], listed: list[Check], missed: list[Check]
+) -> Table:
+    """Return what came of all patches.
+
+    Args:
+        verifier: what ran the checks.
+        made: the patches.
+        listed: the checks.
+        missed: those that were not reached.
+    """
+    heads = ("lines", "lint", "import", "its tests", "earlier tests", "without it")
+    rows = Table("patch", *heads, "seconds", "upstream", box=None)
+    for step in made:
+        of = [check for check in listed if check.step is step]
+        tree = verifier.state(step.after).tree
+        cells: dict[str, str] = {}
+        for check in of:
+            if check.kind in ("lint", "import"):
+                cells[check.kind] = "FAILS" if bad(check) else "good"
+                if check in missed:
+                    cells[check.kind] = "not reached"
+        parts = {True: step.own, False: step.earlier}
+        texts = {}
+        for own, files in parts.items():
+            group = [c for c in of if c.kind == "test" and c.file in files]
+            results = [c.result for c in group if c.result]
+            text = _counts(results)
+            if carried := sum(one.tree != tree for one in results):
+                text += f"; {carried} of {len(files)} files carried"
+            if crashed := [one.why for one in results if one.why]:
+                text += f"; {crashed[0]}"
+            if unreached := sum(c in missed for c in group):
+                text += f"; {unreached} of {len(files)} files not reached"
+            if unreached and unreached == len(group):
+                text = "not reached"
+            texts[own] = text if files else "none"
+        without = next((c for c in of if c.kind == "without"), None)
+        if without:
+            shown = "not reached" if without in missed else without.shown
+        else:
+            shown = "a refactor: not asked" if step.own else "NO TESTS"
+        seconds = sum(
+            c.result.seconds
+            for c in of
+            if c.result and (c.kind == "without" or c.result.tree == tree)
+        )
+        rows.add_row(
+            step.name,
+            str(step.patch.lines),
+            cells["lint"],
+            cells["import"],
+            texts[True],
+            texts[False],
+            shown,
+            f"{seconds:.0f}",
+            step.status,
+        )
+    return rows
+
+
+def _failure(check: Check) -> Iterator[str]:
+    """Yield what to show of a check that found something wrong."""
+    result = check.result
+    why = f" ({result.why})" if result and result.why else ""
+    if check.kind == "without":
+        said = f"its tests do not fail without it: {check.shown}"
+        yield f"FAILED {check.step.name}: {said}"
+        return
+    yield f"FAILED {check.title}{why}"
+    if result:
+        for name in result.tests("failed"):
+            yield f"  {name}"
+        log = Path(result.log)
+        if log.exists():
+            lines = log.read_text(errors="replace").splitlines()
+            yield from (f"  | {line}" for line in lines[-60:])
+            yield f"  all of it is in {show(log)}"
+
+
+def _number(name: str, default: int) -> int:
+    text = console.option(name)
+    if text and not re.fullmatch(r"[1-9]\d*", text):
+        raise Failure(f"{name}={text} is no number", "give 1 or more")
+    return int(text or default)
+
+
+def main() -> None:
+    """Verify the series, or what PATCH= and SINCE= name."""
+    release = pins.load(console.option("RELEASE"))
+    folder = BUILD / f"verify-{release.tag}"
+    begun = time.monotonic()
+    minutes = _number("MINUTES", 24 * 60)
+    with console.lock(folder):
+        with console.lock():
+            clone, base = open_clone(release)
+            files = series.patches(release.patches)
+            if not files:
+                raise Failure(
+                    f"there are no patches for {release.tag}", "write some first"
+                )
+            chosen = select(console.option("PATCH"), len(files))
+            with console.scratch() as scratch:
+                made = steps(clone, base, files, scratch)
+            if since := console.option("SINCE"):
+                with console.scratch() as scratch:
+                    chosen &= unknown(clone, base, made, release, since, scratch)
+            made = [step for step in made if step.number in chosen]
+            if not made:
+                say("verify: no patch to verify")
+                return
+            target = environment(release, clone)
+            more = runner.checkpoint(target)
+        cores = os.cpu_count() or 1
+        # A device has memory for one engine, and tests use two cores well.
+        jobs = _number("JOBS", 1 if target.kind == "cuda" else max(1, cores // 2))
+        if jobs > 1:
+            more["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
+        logs = BUILD / "reports" / folder.name
+        logs.mkdir(parents=True, exist_ok=True)
+        full = console.option("FULL") in ("1", "yes", "true")
+        store = Store(folder / "results", keys(target, release), full)
+        verifier = Verifier(clone, target, store, more, logs)
+        listed = checks(made)
+        free = slots(clone, base, folder, target.wheel, jobs)
+        say(f"verify: {len(made)} of {len(files)} patches, {len(listed)} checks")
+        try:
+            missed = perform(verifier, listed, free, begun + 60 * minutes)
+        except GitError as error:
+            raise Failure(
+                f"git failed in {show(folder)} ({str(error).splitlines()[0]})",
+                f"free space if there is none, else remove {show(folder)}",
+            ) from None
+    _report(verifier, made, listed, missed, release)
+
+
+def _report(
+    verifier: Verifier,
+    made: list[Step],
+    listed: list[Check],
+    missed: list[Check],
+    release: Release,
+) -> None:
+    """Show and write what came of it, and end with its status."""
+    rows = table(verifier, made, listed, missed)
+    wrong = [check for check in listed if check not in missed and bad(check)]
+    lines = [line for check in wrong for line in _failure(check)]
+    report = BUILD / "reports" / f"verify-{release.tag}.log"
+    with report.open("w") as out:
+        wide = type(err)(file=out, width=200, markup=False, emoji=False)
+        wide.print(rows)
+        out.writelines(line + "\n" for line in lines)
+    err.print(rows)
+    for line in lines:
+        say(line)
+    if missed:
+        say(f"{len(missed)} checks not reached: run it again to go on")
+    none = [step.name for step in made if not step.own]
+    note = f", {len(none)} without tests" if none else ""
+    sys.stderr.flush()
+    print(
+        f"{len(made)} patches, {len(listed) - len(missed)} checks, "
+        f"{len(wrong)} failed{note} ({show(report)})",
+        flush=True,
+    )
+    if wrong or missed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    console.run(main)
