@@ -409,7 +409,9 @@ def build(release: Release) -> Host:
         Failure: it cannot be made, or does not import the checkout.
     """
     clone, base = open_clone(release)
-    if not clone.resolve("refs/heads/" + release.branch):
+    branch = clone.resolve("refs/heads/" + release.branch)
+    if not branch or not clone.contains("HEAD", base):
+        # Not there yet, or the checkout is at another release.
         clone = apply(release)
     of_clone = ""
     if console.option("VLLM"):

@@ -124,6 +124,14 @@ class Clone:
         except GitError:
             return ""
 
+    def contains(self, tip: str, commit: str) -> bool:
+        """Return whether a commit is among those that led to another."""
+        try:
+            self("merge-base", "--is-ancestor", commit, tip)
+        except GitError:
+            return False
+        return True
+
     def dirty(self) -> list[str]:
         """Return the tracked files that differ from HEAD."""
         listed = self("status", "--porcelain", "-z", "--untracked-files=no")

@@ -420,10 +420,15 @@ def _pick(clone: Clone, tree: Tree, state: State) -> None:
             tree("cherry-pick", "--quit")
             _record(clone, state, "dropped", state.tip, f"{state.name} has it")
             return
-        tree.commit(commit)
-        note = "mended as the last time"
-        _record(clone, state, "conflict", tree.resolve("HEAD"), note)
-        return
+        # What was mended in other files than these is not in it.
+        known = r"(?m)^(?:Staged|Resolved) '(.*)' using previous resolution"
+        state.stopped = re.findall(known, str(error)) or ["unknown files"]
+        _save(clone, state)
+        raise Failure(
+            f"{state.next} conflicts with {state.name} in {', '.join(state.stopped)}, "
+            "mended as the last time",
+            f"see `git -C {shlex.quote(show(tree.path))} diff HEAD`, then `{GO_ON}`",
+        ) from None
     head = tree.resolve("HEAD")
     _record(clone, state, _kind(tree, commit, head), head)
 
@@ -457,10 +462,9 @@ def _name(clone: Clone, tag: str, commit: str) -> str:
 def _upstream(clone: Clone, state: State, name: str) -> str:
     """Say in a few words what upstream did to a file between the two bases."""
     old, new = (
-        clone("ls-tree", commit, "--", f":(literal){name}")
-        for commit in (state.old, state.onto)
+        clone("ls-tree", commit, "--", name) for commit in (state.old, state.onto)
     )
-    if old and old == new:
+    if old == new:
         return "nothing: the patches before this one conflict with it"
     if not old or not new:
         listed = clone(
@@ -564,7 +568,7 @@ def _undo(tree: Tree, state: State, commit: str) -> None:
     )
     for name in filter(None, added.split("\0")):
         path = tree.path / name
-        if path.is_file() and not tree("ls-tree", state.tip, "--", f":(literal){name}"):
+        if path.is_file() and not tree("ls-tree", state.tip, "--", name):
             whole = tree("cat-file", "blob", f"{commit}:{name}")
             data = path.read_bytes()
             if whole.encode(errors="surrogateescape").startswith(data.rstrip(b"\n")):

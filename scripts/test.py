@@ -241,7 +241,7 @@ def stage(name: str, release: Release, target: Host | None) -> Tally:
         target.python,
         ROOT,
         [f"tests/{name}"],
-        {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RELEASE": release.tag},
     )
     return tally
 

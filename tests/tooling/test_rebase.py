@@ -175,8 +175,10 @@ def test_conflict_is_remembered(filled: Toy) -> None:
     first = filled.git("rev-parse", f"{NEW_BRANCH}^{{tree}}")
     filled.git("switch", "-q", BRANCH)
     filled.git("branch", "-D", NEW_BRANCH)
-    done = filled.run("rebase", TO=NEW)
-    assert outcomes(done.stderr)[FIRST] == "conflict mended as the last time"
+    line = filled.fails("rebase", TO=NEW)
+    assert "in vllm/a.py, mended as the last time" in line
+    done = filled.run("rebase", CONTINUE="1")
+    assert outcomes(done.stderr)[FIRST] == "conflict vllm/a.py"
     assert filled.git("rev-parse", f"{NEW_BRANCH}^{{tree}}") == first
 
 
