@@ -189,7 +189,8 @@ def host(release: Release, kind: str, clone: Clone) -> Host:
                 f"note: there is no {kind} wheel of {release.tag}: its Python files "
                 f"run on the compiled files of {runtime.version}"
             )
-        console.logged([*pip, str(path), *TEST_TOOLS], log, "installing vLLM")
+        needs = [str(path), *runtime.packages, *TEST_TOOLS]
+        console.logged([*pip, *needs], log, "installing vLLM")
         if kind == "cpu":
             _rename(packages(python), release)
         _hide(python)
@@ -261,7 +262,8 @@ def layered(below: Host, env: Path, release: Release) -> Host:
         limits = _constraints(release, below.kind)
         held = ["-c", str(limits)] if limits.exists() else []
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install"]
-        console.logged([*pip, "--no-input", *held, *TEST_TOOLS], log, "pip")
+        needs = [*release.runtimes[below.kind].packages, *TEST_TOOLS]
+        console.logged([*pip, "--no-input", *held, *needs], log, "pip")
         _hide(python)
         (env / "stamp").write_text(key)
     return Host(python, below.kind, below.wheel, below.layers)

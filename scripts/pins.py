@@ -25,7 +25,8 @@ class File:
 class Runtime:
     """What a release runs on: `kind` is "cpu" or "cuda".
 
-    `version` is that of the wheel: an older one where the release has none.
+    `version` is that of the wheel: an older one where the release has none, and
+    `packages` what the release needs that such a wheel does not ask for.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Runtime:
     torchvision: str
     wheels: dict[str, File]
     modules: tuple[str, ...]
+    packages: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -111,6 +113,7 @@ def load(tag: str = "", given: str = "RELEASE") -> Release:
                     for machine, wheel in pin[kind]["wheels"].items()
                 },
                 modules=tuple(pin[kind].get("modules", ())),
+                packages=tuple(pin[kind].get("packages", ())),
                 env=pin[kind].get("env", {}),
             )
             for kind in ("cpu", "cuda")

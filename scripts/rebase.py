@@ -365,13 +365,23 @@ def _open(clone: Clone, state: State) -> Tree | None:
     return None
 
 
+def _seen(state: State) -> bool:
+    """Return whether the folder of the worktree may have a person's files in it."""
+    return Path(state.tree).exists() and bool(state.done or state.stopped)
+
+
 def _tree(clone: Clone, state: State) -> Tree:
     """Return the worktree of a rebase, made if it is not there."""
     if tree := _open(clone, state):
         return tree
     path = Path(state.tree)
+    if _seen(state):
+        raise Failure(
+            f"{show(path)} is no worktree of {show(clone.path)} any more",
+            f"move it away, then `{GO_ON}` begins {state.next} again",
+        )
     say(f"making {show(path)}, a worktree of {show(clone.path)}")
-    # What a killed run left of it. A person's work cannot be there without its .git.
+    # What there is of it is what a killed run left.
     with contextlib.suppress(GitError):
         clone("worktree", "remove", "-f", "-f", str(path))
     console.remove(path)
@@ -625,9 +635,10 @@ def _finish(clone: Clone, state: State) -> None:
 
 def _end(clone: Clone, state: State) -> None:
     """Remove the worktree and the notes."""
-    with contextlib.suppress(GitError):
-        clone("worktree", "remove", "-f", "-f", state.tree)
-    console.remove(Path(state.tree))
+    if state.tree:
+        with contextlib.suppress(GitError):
+            clone("worktree", "remove", "-f", "-f", state.tree)
+        console.remove(Path(state.tree))
     if clone.resolve(SERIES):
         clone("update-ref", "-d", SERIES)
     _file(clone).unlink(missing_ok=True)
@@ -657,6 +668,9 @@ def abort(clone: Clone, state: State) -> None:
         tip = tree.resolve("HEAD")
     if tip != state.onto:
         clone("update-ref", kept, tip)
+    if not tree and _seen(state):
+        say(f"{show(Path(state.tree))} is no worktree any more and is left alone")
+        state.tree = ""
     _end(clone, state)
     more = f"; what was done is kept as {kept}" if tip != state.onto else ""
     say(f"gave up the rebase to {state.name}: all is as it was{more}")

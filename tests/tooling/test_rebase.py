@@ -232,6 +232,21 @@ def test_worktree_removed_by_hand(filled: Toy) -> None:
     whole(filled)
 
 
+def test_worktree_cut_off(filled: Toy) -> None:
+    """What a person mended there is not git's any more, but theirs."""
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    mend(filled)
+    (tree(filled) / ".git").unlink()
+    mended = tree(filled) / "vllm/a.py"
+    assert "is no worktree of build/vllm any more" in filled.fails(
+        "rebase", CONTINUE="1"
+    )
+    assert "left alone" in filled.run("rebase", ABORT="1").stderr
+    assert "a10 = 'both'\n" in mended.read_text()
+    assert "is in the way" in filled.fails("rebase", TO=NEW)
+
+
 # What upstream did with the change itself.
 
 
