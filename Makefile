@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help tools apply build python demo test verify export lint
+.PHONY: help tools apply build python demo test verify export lint rebase status
 
 PYTHON3 ?= python3
-export RELEASE VLLM PYTHON DEVICE CONTINUE ARGS STAGE
+export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT ARGS STAGE TO TO_DIR
 export PATCH SINCE FULL JOBS MINUTES
 
 RUN := build/tools/bin/python -m scripts
@@ -19,6 +19,8 @@ help: ## list the targets
 	@echo 'CONTINUE=1     apply: stop at a patch that does not apply, for git am --continue'
 	@echo 'PATCH=0007     verify: only these (3-5, 3-, 1,4); SINCE=revision: only what changed'
 	@echo 'FULL=1         verify: every test after every patch; JOBS=n at a time, MINUTES=n'
+	@echo 'TO=tag         rebase, status: the release to go to, or TO_DIR=path of a clone'
+	@echo '               rebase: CONTINUE=1 goes on after a conflict, ABORT=1 gives up'
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:
@@ -50,3 +52,9 @@ export: tools ## write the checkout's commits to patches/
 
 lint: tools ## check scripts/, tests/ and patches/ as vLLM would
 	@$(RUN).lint
+
+rebase: tools ## bring the series to another release, TO=
+	@$(RUN).rebase
+
+status: tools ## show which patches another release has already
+	@$(RUN).status

@@ -57,7 +57,7 @@ def _own(release: Release) -> tuple[Clone, str]:
         clone = Clone(OWN)
         base = clone.resolve(ref)
         if not base:
-            _import(clone, release)
+            import_base(clone, release, ref)
             base = clone.resolve(ref)
     else:
         if OWN.exists():
@@ -81,7 +81,7 @@ def _own(release: Release) -> tuple[Clone, str]:
                 "advice.detachedHead": "false",
             }.items():
                 clone("config", name, value)
-            _import(clone, release)
+            import_base(clone, release, ref)
             clone("checkout", "-q", "--detach", ref)
             made.rename(OWN)
         clone = Clone(OWN)
@@ -95,11 +95,19 @@ def _own(release: Release) -> tuple[Clone, str]:
     return clone, base
 
 
-def _import(clone: Clone, release: Release) -> None:
-    """Make the commit and tag of a release from its sdist.
+def import_base(clone: Clone, release: Release, ref: str) -> None:
+    """Make the commit of a release from its sdist.
 
     git reads the archive as a stream, so that no file system, mask or setting
     has a say in the commit's hash.
+
+    Args:
+        clone: where.
+        release: which release.
+        ref: what names the commit.
+
+    Raises:
+        Failure: there is no sdist or no space.
     """
     path = fetch.fetch(release.sdist)
     say(f"making the base commit of {release.tag} from {path.name}")
@@ -115,7 +123,7 @@ def _import(clone: Clone, release: Release) -> None:
         out = importer.stdin
         assert out is not None
         out.write(
-            f"feature done\ncommit refs/tags/{release.tag}\n"
+            f"feature done\ncommit {ref}\n"
             f"author {git.NAME} <{git.EMAIL}> {EPOCH}\n"
             f"committer {git.NAME} <{git.EMAIL}> {EPOCH}\n"
             f"data {len(message.encode())}\n{message}\ndeleteall\n".encode()
@@ -189,10 +197,13 @@ def _marker(clone: Clone) -> Path:
     return clone.dir / "gemma4-switch"
 
 
-def _recover(clone: Clone) -> None:
+def recover(clone: Clone) -> None:
     """Mend a switch of the working tree that was killed half-way.
 
     Only files that hold what the switch took away or was writing are put back.
+
+    Raises:
+        Failure: one of them was changed since.
     """
     marker = _marker(clone)
     if not marker.exists():
@@ -301,6 +312,27 @@ def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) 
     say("a three-way merge made all of it fit: `make export` writes that to patches/")
 
 
+def refuse_unexported(clone: Clone, branch: str, base: str, recorded: str) -> None:
+    """Refuse a branch with work that is nowhere else.
+
+    Args:
+        clone: where.
+        branch: its name; it need not exist.
+        base: the commit it starts from.
+        recorded: the ref that remembers what of it is in patches/.
+
+    Raises:
+        Failure: it has commits that patches/ has not.
+    """
+    now = clone.resolve("refs/heads/" + branch)
+    if now and now not in (clone.resolve(recorded), base):
+        raise Failure(
+            f"{branch} in {show(clone.path)} has commits that patches/ has not",
+            f"write them with `make export`, or drop them with `git -C "
+            f"{show(clone.path)} branch -m {branch} {branch}-old`",
+        )
+
+
 def count(patches: int) -> str:
     """Return a number of patches in words."""
     return f"{patches} patch" if patches == 1 else f"{patches} patches"
@@ -319,7 +351,7 @@ def apply(release: Release) -> Clone:
         Failure: it cannot, and the checkout is as it was.
     """
     clone, base = open_clone(release)
-    _recover(clone)
+    recover(clone)
     files = series.patches(release.patches)
     where = f"{show(clone.path)} ({release.branch})"
     many = count(len(files))
@@ -334,7 +366,6 @@ def apply(release: Release) -> Clone:
     tip = commits[-1] if commits else base
     head = "refs/heads/" + release.branch
     now = clone.resolve(head)
-    recorded = clone.resolve(applied_ref(release))
     wanted = contents(clone, base, tip)
     on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
     same = now and not halt and contents(clone, base, now) == wanted
@@ -349,12 +380,8 @@ def apply(release: Release) -> Clone:
         say(f"already applied: {many} in {where}{changed}")
         return clone
     refuse_unready(clone)
-    if now and not same and now not in (recorded, base):
-        raise Failure(
-            f"{release.branch} in {show(clone.path)} has commits that patches/ has not",
-            f"write them with `make export`, or drop them with `git -C "
-            f"{show(clone.path)} branch -m {release.branch} {release.branch}-old`",
-        )
+    if not same:
+        refuse_unexported(clone, release.branch, base, applied_ref(release))
     if halt:
         _continue(clone, release, base, halt)
         return clone

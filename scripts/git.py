@@ -86,12 +86,13 @@ class Clone:
         self.path = path
         self.dir = Path(self("rev-parse", "--absolute-git-dir"))
 
-    def __call__(self, *args: str, data: bytes | None = None) -> str:
+    def __call__(self, *args: str, data: bytes | None = None, **env: str) -> str:
         """Run git here.
 
         Args:
             args: its arguments.
             data: its standard input.
+            env: more variables for it.
 
         Returns:
             What it printed, less the last line end.
@@ -99,7 +100,7 @@ class Clone:
         Raises:
             GitError: its exit status is not 0.
         """
-        out = _call(self.command(*args), data, environment())
+        out = _call(self.command(*args), data, environment(**env))
         return out.decode(errors="surrogateescape").rstrip("\n")
 
     def raw(self, commit: str) -> bytes:
@@ -127,6 +128,14 @@ class Clone:
         """Return the files of a commit, each with the hash of what it holds."""
         rows = self("ls-tree", "-r", "-z", commit).split("\0")
         return {row.split("\t", 1)[1]: row.split()[2] for row in rows if row}
+
+    def contains(self, tip: str, commit: str) -> bool:
+        """Return whether a commit is among those that led to another."""
+        try:
+            self("merge-base", "--is-ancestor", commit, tip)
+        except GitError:
+            return False
+        return True
 
     def dirty(self) -> list[str]:
         """Return the tracked files that differ from HEAD."""
@@ -183,24 +192,25 @@ class Scratch:
         return _call(["git", *args], data, self.env | env)
 
 
-def find(path: Path) -> Clone:
+def find(path: Path, given: str = "VLLM") -> Clone:
     """Return a person's clone.
 
     Args:
         path: its top folder.
+        given: the variable that names it.
 
     Raises:
         Failure: it is none.
     """
     path = path.expanduser().resolve()
-    ask = "give VLLM= the top folder of a vLLM clone"
+    ask = f"give {given}= the top folder of a vLLM clone"
     if not path.is_dir():
-        raise Failure(f"VLLM={path} is no folder", ask)
+        raise Failure(f"{given}={path} is no folder", ask)
     try:
         clone = Clone(path)
         top = clone("rev-parse", "--show-toplevel")
     except GitError as error:
-        raise Failure(f"VLLM={path} is no git checkout", ask) from error
+        raise Failure(f"{given}={path} is no git checkout", ask) from error
     if Path(top).resolve() != path:
-        raise Failure(f"VLLM={path} is inside of {show(Path(top))}", ask)
+        raise Failure(f"{given}={path} is inside of {show(Path(top))}", ask)
     return clone

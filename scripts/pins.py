@@ -4,6 +4,9 @@
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
 
 from scripts.console import ROOT, Failure
 
@@ -20,14 +23,20 @@ class File:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a release runs on: `kind` is "cpu" or "cuda"."""
+    """What a release runs on: `kind` is "cpu" or "cuda".
+
+    `version` is that of the wheel: an older one where the release has none, and
+    `packages` what the release needs that such a wheel does not ask for.
+    """
 
     kind: str
     project: str
+    version: str
     torch: str
     torchvision: str
     wheels: dict[str, File]
     modules: tuple[str, ...]
+    packages: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,11 +63,21 @@ class Release:
         return f"gemma4/{self.tag}"
 
 
-def load(tag: str = "") -> Release:
+def _read() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pins.toml").read_text(encoding="utf-8"))
+
+
+def tags() -> list[str]:
+    """Return the releases that pins.toml names, the oldest first."""
+    return sorted(_read()["releases"], key=Version)
+
+
+def load(tag: str = "", given: str = "RELEASE") -> Release:
     """Read a release.
 
     Args:
         tag: such as "v0.32.0"; empty for the default one.
+        given: the variable that names it.
 
     Returns:
         The release.
@@ -66,12 +85,12 @@ def load(tag: str = "") -> Release:
     Raises:
         Failure: pins.toml does not name it.
     """
-    pins = tomllib.loads((ROOT / "pins.toml").read_text(encoding="utf-8"))
+    pins = _read()
     tag = tag or pins["default"]
     known = pins["releases"]
     if tag not in known:
         raise Failure(
-            f"RELEASE={tag} is unknown", f"pins.toml has {', '.join(sorted(known))}"
+            f"{given}={tag} is unknown", f"pins.toml has {', '.join(sorted(known))}"
         )
     pin = known[tag]
     sdist = pin["sdist"]
@@ -86,6 +105,7 @@ def load(tag: str = "") -> Release:
             kind: Runtime(
                 kind=kind,
                 project=pin[kind]["project"],
+                version=pin[kind].get("version", pin["version"]),
                 torch=pin[kind]["torch"],
                 torchvision=pin[kind].get("torchvision", ""),
                 wheels={
@@ -93,6 +113,7 @@ def load(tag: str = "") -> Release:
                     for machine, wheel in pin[kind]["wheels"].items()
                 },
                 modules=tuple(pin[kind].get("modules", ())),
+                packages=tuple(pin[kind].get("packages", ())),
                 env=pin[kind].get("env", {}),
             )
             for kind in ("cpu", "cuda")

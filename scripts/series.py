@@ -158,6 +158,19 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
         try:
             git("apply", "--cached", "--whitespace=nowarn", str(diff))
         except GitError as error:
+            corrupt = re.search(r"corrupt patch at (?:line |.*:)(\d+)", str(error))
+            if corrupt:
+                raise Failure(
+                    f"{show(path)} is corrupt (line {corrupt[1]} of its diff)",
+                    "get it again with `git checkout`, or write it with `make export`",
+                ) from None
+            if re.search(
+                "insufficient permission|unable to (create|write)", str(error)
+            ):
+                raise Failure(
+                    f"{show(clone.path)} cannot be written ({_line(error)})",
+                    "check its owner and the space left",
+                ) from None
             why = _hunk(str(error), diff.read_bytes().decode(errors="replace"))
             raise Conflict(path, why, commits, files[at:]) from None
         text = fields["Subject"].encode() + b"\n\n" + message.read_bytes()

@@ -173,6 +173,7 @@ def pytest(
 _OWN = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
+    *("ABORT", "TO", "TO_DIR"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),
 }
 
@@ -262,7 +263,7 @@ def stage(name: str, release: Release, target: Host | None) -> Tally:
         target.python,
         ROOT,
         [f"tests/{name}"],
-        {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RELEASE": release.tag},
     )
     return tally
 

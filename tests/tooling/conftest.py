@@ -109,11 +109,11 @@ HOSTILE = """
 """
 
 
-def sdist(path: Path, tree: dict[str, str]) -> str:
+def sdist(path: Path, tree: dict[str, str], version: str = "1.0.0") -> str:
     """Write a toy sdist; return its sha256."""
     with tarfile.open(path, "w:gz") as archive:
         for name, text in tree.items():
-            entry = tarfile.TarInfo(f"vllm-1.0.0/{name}")
+            entry = tarfile.TarInfo(f"vllm-{version}/{name}")
             entry.size = len(text.encode())
             entry.mode = 0o775 if name.endswith(".sh") else 0o664
             archive.addfile(entry, io.BytesIO(text.encode()))
@@ -219,9 +219,34 @@ class Toy:
         shutil.rmtree(self.own)
 
 
+def release(toy: Toy, tag: str, tree: dict[str, str], commit: str = "0000000") -> None:
+    """Add a release to a toy's pins and its sdist to the cache."""
+    version = tag.removeprefix("v")
+    path = toy.root / "build" / "cache" / f"vllm-{version}.tar.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = sdist(path, tree | GENERATED, version)
+    with (toy.root / "pins.toml").open("a") as pins:
+        pins.write(
+            textwrap.dedent(f"""\
+
+                [releases."{tag}"]
+                version = "{version}"
+                commit = "{commit}"
+                base = ""
+                generated = ["PKG-INFO", "vllm/_version.py"]
+                [releases."{tag}".sdist]
+                project = "vllm"
+                file = "{path.name}"
+                sha256 = "{digest}"
+                size = {path.stat().st_size}
+                """)
+        )
+
+
 OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
+    *("ABORT", "TO", "TO_DIR"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
 }
 
@@ -234,24 +259,10 @@ def make_toy(base: Path) -> Toy:
         ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__")
     )
     (root / "patches" / TAG).mkdir(parents=True)
-    path = root / "build" / "cache" / "vllm-1.0.0.tar.gz"
-    digest = sdist(path, TREE | GENERATED)
-    (root / "pins.toml").write_text(
-        textwrap.dedent(f"""\
-            default = "{TAG}"
-            [releases."{TAG}"]
-            version = "1.0.0"
-            commit = "0000000"
-            base = ""
-            generated = ["PKG-INFO", "vllm/_version.py"]
-            [releases."{TAG}".sdist]
-            project = "vllm"
-            file = "{path.name}"
-            sha256 = "{digest}"
-            size = {path.stat().st_size}
-            """)
-    )
-    return Toy(root, home)
+    (root / "pins.toml").write_text(f'default = "{TAG}"\n')
+    toy = Toy(root, home)
+    release(toy, TAG, TREE)
+    return toy
 
 
 @pytest.fixture

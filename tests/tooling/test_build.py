@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TAG, TREE, Toy, sdist
+from conftest import TAG, TREE, Toy, release, sdist
 
 PLATFORMS = "class current_platform:\n    device_type = 'cpu'\n"
 MORE = {
@@ -224,3 +224,21 @@ def test_checkout_that_does_not_import(toy: Toy, theirs: Path) -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and "does not import build/vllm" in last
     assert "RuntimeError: broken" in done.stderr
+
+
+def test_another_release_is_applied_first(toy: Toy, theirs: Path) -> None:
+    """The checkout of one release must not pass for another."""
+    interpreter(toy, theirs)
+    release(toy, "v1.1.0", TREE | MORE | {"vllm/later.py": "later = True\n"})
+    pins = toy.root / "pins.toml"
+    pins.write_text(
+        pins.read_text()
+        + PINS.replace(TAG, "v1.1.0").replace("torch =", 'version = "1.0.0"\ntorch =')
+    )
+    python = interpreter(toy, theirs, RELEASE="v1.1.0")
+    code = "import vllm.later as l; print(l.later)"
+    assert ask(python, code) == "True"
+    version = "import importlib.metadata as m; print(m.version('vllm'))"
+    assert ask(python, version) == "1.1.0+cpu"
+    interpreter(toy, theirs)
+    assert not (toy.own / "vllm/later.py").exists()

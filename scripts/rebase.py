@@ -1,0 +1,734 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make rebase`: the series on another release, patch by patch.
+
+The patches are cherry-picked in a worktree of the checkout, so that nothing that a
+person has in the checkout itself is in the way or at risk. What is done so far is
+written down after each patch, and git's own state tells the rest, so that a run that
+was killed goes on where it stopped.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from scripts import console, fetch, git, pins, series
+from scripts.apply import (
+    EPOCH,
+    applied_ref,
+    contents,
+    import_base,
+    open_clone,
+    recover,
+    refuse_unexported,
+    refuse_unready,
+    switch,
+)
+from scripts.console import BUILD, Failure, say, show
+from scripts.git import Clone, GitError
+from scripts.pins import Release
+
+# How the merges are made, whatever the person's settings say.
+MERGE = {
+    "commit.cleanup": "verbatim",
+    "merge.conflictStyle": "diff3",
+    "merge.directoryRenames": "conflict",
+    "merge.renames": "true",
+    "merge.renameLimit": "20000",
+}
+# In the project's own checkout a conflict that was mended once is not asked again.
+REMEMBER = {"rerere.enabled": "true", "rerere.autoUpdate": "true"}
+SERIES = "refs/gemma4/rebase"
+GO_ON = "make rebase CONTINUE=1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a series goes: a release, or a commit of some clone."""
+
+    name: str
+    commit: str
+
+    @property
+    def branch(self) -> str:
+        """The branch that gets the series."""
+        return f"gemma4/{self.name}"
+
+    @property
+    def applied(self) -> str:
+        """See `apply.applied_ref`."""
+        return f"refs/gemma4/applied/{self.name}"
+
+
+@dataclass
+class Step:
+    """What came of one patch; `tip` is the last commit with it."""
+
+    outcome: str
+    tip: str
+    note: str = ""
+
+
+@dataclass
+class State:
+    """A rebase under way, as it is kept in the checkout's git folder.
+
+    `stopped` names the files that a person was asked to mend for the next patch.
+    """
+
+    release: str
+    name: str
+    branch: str
+    before: str
+    old: str
+    onto: str
+    tree: str
+    commits: list[str]
+    patches: list[str]
+    done: list[Step] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+
+    @property
+    def tip(self) -> str:
+        """The last commit made."""
+        return self.done[-1].tip if self.done else self.onto
+
+    @property
+    def next(self) -> str:
+        """The patch to do next, empty if there is none."""
+        return (self.patches[len(self.done) :] or [""])[0]
+
+
+def checkout() -> Clone:
+    """Return the checkout: the clone that `VLLM=` names, else the project's own."""
+    if given := console.option("VLLM"):
+        return git.find(Path(given))
+    return open_clone(pins.load(console.option("RELEASE")))[0]
+
+
+def base(clone: Clone, release: Release) -> str:
+    """Return the commit of a release, made from its sdist where it is not whole.
+
+    A shallow clone may not have the commit and a partial one not its files.
+
+    Args:
+        clone: where.
+        release: which.
+
+    Raises:
+        Failure: it is not there and cannot be fetched.
+    """
+    if not console.option("VLLM"):
+        return open_clone(release)[1]
+    own = f"refs/gemma4/base/{release.tag}"
+    for name in (f"refs/tags/{release.tag}", release.commit):
+        found = clone.resolve(name)
+        if found.startswith(release.commit) and not _missing(clone, found):
+            return found
+    if not clone.resolve(own):
+        import_base(clone, release, own)
+    return clone.resolve(own)
+
+
+def _missing(clone: Clone, commit: str) -> bool:
+    """Return whether objects of a commit's tree are not in the clone."""
+    try:
+        listed = clone(
+            *("rev-list", "--objects", "--missing=print", "--no-object-names"),
+            commit + "^{tree}",
+        )
+    except GitError:
+        return True
+    return "?" in listed
+
+
+def target(clone: Clone) -> Target:
+    """Return where `TO=` or `TO_DIR=` say that the series goes.
+
+    Args:
+        clone: the checkout, which gets the commit if it has not it.
+
+    Raises:
+        Failure: neither or both are given, or they name nothing.
+    """
+    to, folder = console.option("TO"), console.option("TO_DIR")
+    if bool(to) == bool(folder):
+        raise Failure(
+            "both TO= and TO_DIR= are given" if to else "where to is not said",
+            f"give TO= one of {', '.join(pins.tags())}, or TO_DIR= a clone of vLLM",
+        )
+    if to:
+        release = pins.load(to, "TO")
+        return Target(release.tag, base(clone, release))
+    theirs = git.find(Path(folder), "TO_DIR")
+    commit = theirs.resolve("HEAD")
+    if not commit:
+        raise Failure(f"TO_DIR={theirs.path} has no commit", "check one out there")
+    if theirs.dirty():
+        say(f"note: uncommitted changes in {theirs.path} are not looked at")
+    name = commit[:12]
+    if clone.resolve(commit) and not _missing(clone, commit):
+        return Target(name, commit)
+    return Target(name, _copy(clone, theirs, commit))
+
+
+def _copy(clone: Clone, theirs: Clone, commit: str) -> str:
+    """Make a commit of another clone's files, without its history."""
+    ref = f"refs/gemma4/base/{commit[:12]}"
+    if made := clone.resolve(ref):
+        return made
+    say(f"copying the files of {commit[:12]} from {theirs.path}")
+    tree = theirs("rev-parse", commit + "^{tree}")
+    env = git.environment()
+    with subprocess.Popen(
+        theirs.command(
+            "pack-objects", "--revs", "--stdout", "-q", "--delta-base-offset"
+        ),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+    ) as packer:
+        assert packer.stdin and packer.stderr
+        packer.stdin.write(tree.encode() + b"\n")
+        packer.stdin.close()
+        indexer = subprocess.run(
+            clone.command("index-pack", "--stdin"),
+            stdin=packer.stdout,
+            capture_output=True,
+            env=env,
+        )
+        # Or it would wait for ever where the reader died.
+        assert packer.stdout
+        packer.stdout.close()
+        said = packer.stderr.read() or indexer.stderr
+    if packer.returncode or indexer.returncode:
+        line = said.decode(errors="replace").strip().split("\n")[0]
+        raise Failure(
+            f"{commit[:12]} could not be copied from {theirs.path} ({line})",
+            "look at that clone with `git fsck`",
+        )
+    who = {
+        f"GIT_{role}_{what}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for what, value in (("NAME", git.NAME), ("EMAIL", git.EMAIL), ("DATE", EPOCH))
+    }
+    made = clone("commit-tree", tree, data=f"vLLM {commit}\n".encode(), **who)
+    clone("update-ref", ref, made)
+    return made
+
+
+def _file(clone: Clone) -> Path:
+    return clone.dir / "gemma4-rebase.json"
+
+
+def load(clone: Clone) -> State | None:
+    """Return the rebase that is under way in a checkout, if one is."""
+    path = _file(clone)
+    if not path.exists():
+        return None
+    said = json.loads(path.read_text())
+    return State(**said | {"done": [Step(**step) for step in said["done"]]})
+
+
+def _save(clone: Clone, state: State) -> None:
+    path = _file(clone)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(asdict(state), indent=1))
+    fresh.replace(path)
+
+
+def derive(clone: Clone, release: Release, old: str) -> tuple[list[Path], list[str]]:
+    """Return a release's patches and the commits that they make on its base.
+
+    Args:
+        clone: where.
+        release: which series.
+        old: the release's commit.
+
+    Raises:
+        Failure: there are none, or one does not apply.
+    """
+    files = series.patches(release.patches)
+    if not files:
+        raise Failure(
+            f"{show(release.patches)} has no patches", "there is nothing to do"
+        )
+    try:
+        with console.scratch() as folder:
+            return files, series.derive(clone, old, files, folder)
+    except series.Conflict as halt:
+        raise Failure(
+            str(halt).split(": the checkout")[0] + f" on {release.tag} itself",
+            "mend it with `make apply CONTINUE=1` and `make export` first",
+        ) from None
+
+
+def _begin(clone: Clone, release: Release) -> State:
+    to = target(clone)
+    old = base(clone, release)
+    if to.commit == old:
+        raise Failure(
+            f"the series of {release.tag} is on {to.name} already",
+            "give another TO= or TO_DIR=",
+        )
+    files, commits = derive(clone, release, old)
+    now = clone.resolve("refs/heads/" + release.branch)
+    if now and contents(clone, old, now) != contents(clone, old, commits[-1]):
+        refuse_unexported(clone, release.branch, old, applied_ref(release))
+    refuse_unexported(clone, to.branch, to.commit, to.applied)
+    fetch.need_space(BUILD, 1 << 29)
+    name = f"rebase-{to.name}"
+    if console.option("VLLM"):
+        name += "-" + hashlib.sha256(os.fsencode(clone.path)).hexdigest()[:8]
+    state = State(
+        release=release.tag,
+        name=to.name,
+        branch=to.branch,
+        before=clone.resolve("refs/heads/" + to.branch),
+        old=old,
+        onto=to.commit,
+        tree=str(BUILD / name),
+        commits=commits,
+        patches=[path.name for path in files],
+    )
+    if Path(state.tree).exists():
+        raise Failure(f"{show(BUILD / name)} is in the way", "move it away")
+    clone("update-ref", SERIES, commits[-1])
+    _save(clone, state)
+    return state
+
+
+class Tree(Clone):
+    """The worktree that the patches are picked in.
+
+    Args:
+        path: where it is.
+        own: whether it is of the project's own checkout.
+    """
+
+    def __init__(self, path: Path, own: bool) -> None:
+        self.settings = MERGE | (REMEMBER if own else {})
+        super().__init__(path)
+
+    def command(self, *args: str) -> list[str]:
+        """See `Clone.command`."""
+        flags = [
+            part for pair in self.settings.items() for part in ("-c", "=".join(pair))
+        ]
+        return super().command(*flags, *args)
+
+    def unmerged(self) -> list[str]:
+        """Return the files with conflicts."""
+        listed = self("diff", "--name-only", "--diff-filter=U", "-z")
+        return [name for name in listed.split("\0") if name]
+
+    def picking(self) -> bool:
+        """Return whether a cherry-pick stopped."""
+        return bool(self.resolve("CHERRY_PICK_HEAD"))
+
+    def staged(self) -> bool:
+        """Return whether the index differs from HEAD."""
+        return bool(self("diff", "--cached", "--name-only", "HEAD"))
+
+    def commit(self, source: str) -> None:
+        """Commit what is staged with another commit's message, author and date."""
+        self(
+            *("commit", "-q", "--no-verify", "--cleanup=verbatim", "-C", source),
+            GIT_COMMITTER_DATE=self.date(source),
+        )
+
+    def date(self, commit: str) -> str:
+        """Return when a commit was authored; so dated, its heirs do not vary."""
+        return self("log", "-1", "--format=%aI", commit)
+
+
+def _open(clone: Clone, state: State) -> Tree | None:
+    """Return the worktree of a rebase, None if it is not there."""
+    path = Path(state.tree)
+    # Without its .git it would be taken for a part of the project around it.
+    if not (path / ".git").is_file():
+        return None
+    common = ("rev-parse", "--path-format=absolute", "--git-common-dir")
+    try:
+        tree = Tree(path, own=not console.option("VLLM"))
+        if tree(*common) == clone(*common) and tree.resolve("HEAD"):
+            return tree
+    except GitError:
+        pass
+    return None
+
+
+def _seen(state: State) -> bool:
+    """Return whether the folder of the worktree may have a person's files in it."""
+    return Path(state.tree).exists() and bool(state.done or state.stopped)
+
+
+def _tree(clone: Clone, state: State) -> Tree:
+    """Return the worktree of a rebase, made if it is not there."""
+    if tree := _open(clone, state):
+        return tree
+    path = Path(state.tree)
+    if _seen(state):
+        raise Failure(
+            f"{show(path)} is no worktree of {show(clone.path)} any more",
+            f"move it away, then `{GO_ON}` begins {state.next} again",
+        )
+    say(f"making {show(path)}, a worktree of {show(clone.path)}")
+    # What there is of it is what a killed run left.
+    with contextlib.suppress(GitError):
+        clone("worktree", "remove", "-f", "-f", str(path))
+    console.remove(path)
+    clone("worktree", "add", "-f", "-f", "-q", "--detach", str(path), state.tip)
+    state.stopped = []
+    _save(clone, state)
+    return Tree(path, own=not console.option("VLLM"))
+
+
+def _kind(tree: Tree, old: str, new: str) -> str:
+    """Say whether a patch is the same but for its line numbers."""
+    ids = []
+    for commit in (old, new):
+        diff = tree("diff-tree", "-p", "--full-index", "--no-renames", commit)
+        said = tree(
+            "patch-id", "--stable", data=diff.encode(errors="surrogateescape") + b"\n"
+        )
+        ids.append(said.split()[0])
+    return "clean" if ids[0] == ids[1] else "merged"
+
+
+def _record(clone: Clone, state: State, outcome: str, tip: str, note: str = "") -> None:
+    at, many = len(state.done) + 1, len(state.commits)
+    say(f"[{at}/{many}] {state.next}: {outcome}{note and f' ({note})'}")
+    state.done.append(Step(outcome, tip, note))
+    state.stopped = []
+    _save(clone, state)
+
+
+def _pick(clone: Clone, tree: Tree, state: State) -> None:
+    """Do the next patch, or stop at it for a person."""
+    commit = state.commits[len(state.done)]
+    try:
+        tree("cherry-pick", commit, GIT_COMMITTER_DATE=tree.date(commit))
+    except GitError as error:
+        files = tree.unmerged()
+        if files:
+            _stop(clone, tree, state, files)
+        if not tree.picking():
+            line = str(error).split("\n")[0].removeprefix("error: ")
+            raise Failure(
+                f"{state.next} could not be picked in {show(tree.path)} ({line})",
+                "mend that and run this again",
+            ) from None
+        if not tree.staged():
+            tree("cherry-pick", "--quit")
+            _record(clone, state, "dropped", state.tip, f"{state.name} has it")
+            return
+        # What was mended in other files than these is not in it.
+        known = r"(?m)^(?:Staged|Resolved) '(.*)' using previous resolution"
+        state.stopped = re.findall(known, str(error)) or ["unknown files"]
+        _save(clone, state)
+        raise Failure(
+            f"{state.next} conflicts with {state.name} in {', '.join(state.stopped)}, "
+            "mended as the last time",
+            f"see `git -C {shlex.quote(show(tree.path))} diff HEAD`, then `{GO_ON}`",
+        ) from None
+    head = tree.resolve("HEAD")
+    _record(clone, state, _kind(tree, commit, head), head)
+
+
+def _stop(clone: Clone, tree: Tree, state: State, files: list[str]) -> NoReturn:
+    """Tell a person what conflicts and what upstream did there."""
+    state.stopped = files
+    _save(clone, state)
+    where = show(tree.path)
+    names = [
+        _name(clone, state.release, state.old),
+        _name(clone, state.name, state.onto),
+    ]
+    say(f"what {state.name} changed in the files that conflict:")
+    for name in files:
+        say(f"  {name}: {_upstream(clone, state, name)}")
+    quoted = " ".join(map(shlex.quote, files))
+    say("to read it, and what the patch changes:")
+    say(f"  git -C {shlex.quote(where)} diff {' '.join(names)} -- {quoted}")
+    say(f"  git -C {shlex.quote(where)} show CHERRY_PICK_HEAD -- {quoted}")
+    raise Failure(
+        f"{state.next} conflicts with {state.name} in {', '.join(files)}",
+        f"mend and `git add` them in {where}, then `{GO_ON}` (or ABORT=1)",
+    )
+
+
+def _name(clone: Clone, tag: str, commit: str) -> str:
+    return tag if clone.resolve(f"refs/tags/{tag}") == commit else commit[:12]
+
+
+def _upstream(clone: Clone, state: State, name: str) -> str:
+    """Say in a few words what upstream did to a file between the two bases."""
+    old, new = (
+        clone("ls-tree", commit, "--", name) for commit in (state.old, state.onto)
+    )
+    if old == new:
+        return "nothing: the patches before this one conflict with it"
+    if not old or not new:
+        listed = clone(
+            *("diff", "--numstat", "-z", "-M", "-l20000", "--diff-filter=R"),
+            *(state.old, state.onto),
+        ).split("\0")
+        for stat, was, now in zip(
+            listed[::3], listed[1::3], listed[2::3], strict=False
+        ):
+            if was == name:
+                return f"it is {now} there"
+            if now == name:
+                return f"it was {was}; {_lines(stat)}"
+        return "it is gone there" if old else "it is new there"
+    return _lines(clone("diff", "--numstat", state.old, state.onto, "--", name))
+
+
+def _lines(stat: str) -> str:
+    added, gone = stat.split("\t")[:2]
+    return f"{added} lines added, {gone} removed"
+
+
+def _settle(clone: Clone, tree: Tree, state: State) -> None:
+    """Take over what a person, or a run that was killed, left in the worktree."""
+    where = show(tree.path)
+    if not state.stopped:
+        (tree.dir / "index.lock").unlink(missing_ok=True)
+        (tree.dir / "HEAD.lock").unlink(missing_ok=True)
+    what = tree.under_way()
+    if what not in ("", "cherry-pick"):
+        raise Failure(f"a {what} is under way in {where}", f"end it, then `{GO_ON}`")
+    commit = state.commits[len(state.done)]
+    if tree.picking():
+        _finish_pick(clone, tree, state, commit)
+        return
+    head = tree.resolve("HEAD")
+    if head == state.tip and not state.stopped:
+        _undo(tree, state, commit)
+        return
+    if dirty := tree.dirty():
+        raise Failure(
+            f"{where} has uncommitted changes in {dirty[0]}",
+            f"commit or restore them, then `{GO_ON}`",
+        )
+    if head == state.tip:
+        _record(clone, state, "dropped", head, "by you")
+        return
+    made = contents(tree, state.tip, head)
+    if made is None:
+        raise Failure(
+            f"{where} is at {head[:12]}, which is no line from {state.tip[:12]}",
+            f"`git -C {shlex.quote(where)} reset --hard {state.tip[:12]}`, or ABORT=1",
+        )
+    if state.stopped:
+        note = ", ".join(state.stopped) + (f"; {len(made)} commits" if made[1:] else "")
+        _record(clone, state, "conflict", head, note)
+    else:
+        _record(clone, state, _kind(tree, commit, head), head)
+
+
+def _finish_pick(clone: Clone, tree: Tree, state: State, commit: str) -> None:
+    """Commit a pick whose conflicts are mended."""
+    where = show(tree.path)
+    if files := tree.unmerged():
+        if not state.stopped:
+            _stop(clone, tree, state, files)
+        raise Failure(
+            f"{', '.join(files)} in {where} still conflict",
+            f"mend and `git add` them, then `{GO_ON}`",
+        )
+    if loose := tree("diff", "--name-only"):
+        raise Failure(
+            f"{loose.split()[0]} in {where} has changes that are not added",
+            f"`git add` or `git restore` it, then `{GO_ON}`",
+        )
+    try:
+        tree("diff", "--cached", "--check", "HEAD")
+    except GitError as error:
+        left = re.search(r"(?m)^(.*):(\d+): leftover conflict marker", str(error))
+        if left:
+            raise Failure(
+                f"{left[1]} in {where} has a conflict marker in line {left[2]}",
+                f"mend and `git add` it, then `{GO_ON}`",
+            ) from None
+    mended = ", ".join(state.stopped)
+    if not tree.staged():
+        tree("cherry-pick", "--quit")
+        _record(clone, state, "dropped", state.tip, "nothing of it is left")
+        return
+    tree.commit(commit)
+    head = tree.resolve("HEAD")
+    kind = "conflict" if mended else _kind(tree, commit, head)
+    _record(clone, state, kind, head, mended)
+
+
+def _undo(tree: Tree, state: State, commit: str) -> None:
+    """Take away what a killed pick wrote before git knew of it."""
+    added = tree(
+        *("diff-tree", "-r", "-z", "--no-commit-id", "--name-only"),
+        *("--diff-filter=A", commit),
+    )
+    for name in filter(None, added.split("\0")):
+        path = tree.path / name
+        if path.is_file() and not tree("ls-tree", state.tip, "--", name):
+            whole = tree("cat-file", "blob", f"{commit}:{name}")
+            data = path.read_bytes()
+            if whole.encode(errors="surrogateescape").startswith(data.rstrip(b"\n")):
+                path.unlink()
+    tree("reset", "-q", "--hard", state.tip)
+
+
+def _finish(clone: Clone, state: State) -> None:
+    """Give the branch the commits, remove the worktree and tell what came of it."""
+    head = "refs/heads/" + state.branch
+    now = clone.resolve(head)
+    if now not in (state.before, state.tip):
+        raise Failure(
+            f"{state.branch} in {show(clone.path)} has moved meanwhile",
+            f"`git branch -m {state.branch} {state.branch}-mine`, then `{GO_ON}`",
+        )
+    report = BUILD / "reports" / f"rebase-{state.name}.txt"
+    report.parent.mkdir(exist_ok=True)
+    old, new = f"{state.old}..{state.commits[-1]}", f"{state.onto}..{state.tip}"
+    text = "no patch is left"
+    if state.tip != state.onto:
+        text = clone("range-diff", "--no-color", "--creation-factor=90", old, new)
+    report.write_bytes(text.encode(errors="surrogateescape") + b"\n")
+    recover(clone)
+    on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
+    try:
+        refuse_unready(clone)
+        switch(clone, state.branch, state.tip)
+        then = "make export"
+    except Failure as failure:
+        if on_branch:
+            raise
+        clone("branch", "-q", "-f", "--no-track", state.branch, state.tip)
+        say(f"the checkout stays where it is ({str(failure).split(': ')[0]})")
+        where = shlex.quote(show(clone.path))
+        then = f"git -C {where} switch {state.branch} && make export"
+    _end(clone, state)
+    width = max(map(len, state.patches))
+    for name, step in zip(state.patches, state.done, strict=True):
+        say(f"  {name:{width}}  {step.outcome:8}  {step.note}".rstrip())
+    outcomes = [step.outcome for step in state.done]
+    said = ", ".join(
+        f"{outcomes.count(kind)} {kind}"
+        for kind in ("clean", "merged", "conflict", "dropped")
+        if kind in outcomes
+    )
+    say(f"{state.branch} in {show(clone.path)} has the series: {said}")
+    say(f"old and new patches compared: {show(report)}")
+    if state.name in pins.tags():
+        say(f"next: {then} RELEASE={state.name}, which writes patches/{state.name}/")
+    else:
+        say(f"next: name {state.name} in pins.toml for `make export` to write patches")
+
+
+def _end(clone: Clone, state: State) -> None:
+    """Remove the worktree and the notes."""
+    if state.tree:
+        with contextlib.suppress(GitError):
+            clone("worktree", "remove", "-f", "-f", state.tree)
+        console.remove(Path(state.tree))
+    if clone.resolve(SERIES):
+        clone("update-ref", "-d", SERIES)
+    _file(clone).unlink(missing_ok=True)
+
+
+def abort(clone: Clone, state: State) -> None:
+    """Give a rebase up.
+
+    What was made so far, committed or not, is kept under a ref.
+
+    Args:
+        clone: the checkout.
+        state: the rebase.
+    """
+    kept = f"refs/gemma4/aborted/{state.name}"
+    tip = state.tip
+    if tree := _open(clone, state):
+        (tree.dir / "index.lock").unlink(missing_ok=True)
+        tree("-c", "rerere.enabled=false", "add", "-A")
+        if tree.staged():
+            tree(
+                *("-c", "rerere.enabled=false", "commit", "-q", "--no-verify"),
+                *("-m", f"What was there when the rebase to {state.name} was given up"),
+                GIT_AUTHOR_NAME=git.NAME,
+                GIT_AUTHOR_EMAIL=git.EMAIL,
+            )
+        tip = tree.resolve("HEAD")
+    if tip != state.onto:
+        clone("update-ref", kept, tip)
+    if not tree and _seen(state):
+        say(f"{show(Path(state.tree))} is no worktree any more and is left alone")
+        state.tree = ""
+    _end(clone, state)
+    more = f"; what was done is kept as {kept}" if tip != state.onto else ""
+    say(f"gave up the rebase to {state.name}: all is as it was{more}")
+
+
+def rebase() -> None:
+    """Begin, go on with or give up a rebase, as the variables say.
+
+    Raises:
+        Failure: a person is needed; nothing is lost.
+    """
+    on = ("1", "yes", "true")
+    go_on, give_up = (console.option(name) in on for name in ("CONTINUE", "ABORT"))
+    release = pins.load(console.option("RELEASE"))
+    clone = checkout()
+    state = load(clone)
+    if (go_on or give_up) and not state:
+        raise Failure("no rebase is under way", "begin one with `make rebase TO=`")
+    if state and give_up:
+        abort(clone, state)
+        return
+    if state:
+        to = console.option("TO")
+        if state.stopped and not go_on:
+            raise Failure(
+                f"a rebase to {state.name} is under way, stopped at {state.next}",
+                f"go on with `{GO_ON}` or give it up with `make rebase ABORT=1`",
+            )
+        if to and to != state.name:
+            raise Failure(
+                f"a rebase to {state.name} is under way",
+                f"end it with `{GO_ON}` or give it up with `make rebase ABORT=1`",
+            )
+        if state.next:
+            _settle(clone, _tree(clone, state), state)
+    else:
+        state = _begin(clone, release)
+    if state.next:
+        tree = _tree(clone, state)
+        while state.next:
+            _pick(clone, tree, state)
+    _finish(clone, state)
+
+
+def failed(error: GitError) -> Failure:
+    """Return a failure for a git command that should not have failed."""
+    line = re.sub(r"^(fatal|error): ", "", str(error).split("\n")[0])
+    return Failure(f"git could not go on ({line})", "mend that and run this again")
+
+
+def main() -> None:
+    """Rebase the series."""
+    try:
+        with console.lock():
+            rebase()
+    except GitError as error:
+        raise failed(error) from None
+
+
+if __name__ == "__main__":
+    console.run(main)

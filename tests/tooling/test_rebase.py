@@ -1,0 +1,796 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing a series to another release, and each way in which that can go wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BRANCH, TAG, TREE, Toy, release
+
+NEW = "v1.1.0"
+NEW_BRANCH = f"gemma4/{NEW}"
+FIRST = "0001-Model-Name-ten.patch"
+SECOND = "0002-Model-W-rter.patch"
+THIRD = "0003-Model-A-new-file.patch"
+
+
+def edited(**files: tuple[str, str] | str | None) -> dict[str, str]:
+    """Return upstream's next tree: `a=(old, new)` edits vllm/a.py, None removes it."""
+    tree = dict(TREE)
+    tree["vllm/later.py"] = "later = True\n"
+    for stem, change in files.items():
+        name = f"vllm/{stem}.py"
+        if change is None:
+            del tree[name]
+        elif isinstance(change, str):
+            tree[name] = change
+        else:
+            assert change[0] in tree[name]
+            tree[name] = tree[name].replace(*change)
+    return tree
+
+
+def upstream(toy: Toy, **files: tuple[str, str] | str | None) -> None:
+    release(toy, NEW, edited(**files))
+
+
+CONFLICT: dict[str, Any] = {"a": ("a10 = 10\n", "a10 = 'upstream'\n")}
+
+
+def tree(toy: Toy) -> Path:
+    return toy.root / "build" / f"rebase-{NEW}"
+
+
+def outcomes(said: str) -> dict[str, str]:
+    """Return the summary: patch to outcome and note."""
+    rows = [line.split(maxsplit=1) for line in said.splitlines() if line[:2] == "  "]
+    return {row[0]: " ".join(row[1].split()) for row in rows if row[0][:2] == "00"}
+
+
+def mend(toy: Toy, name: str = "vllm/a.py", text: str = "a10 = 'both'\n") -> None:
+    """Settle a conflict as a person would."""
+    path = tree(toy) / name
+    out, skip = [], False
+    for line in path.read_text().splitlines(keepends=True):
+        if line.startswith("<<<<<<<"):
+            skip = True
+            out.append(text)
+        if not skip:
+            out.append(line)
+        if line.startswith(">>>>>>>"):
+            skip = False
+    path.write_text("".join(out))
+    toy.git("add", name, at=tree(toy))
+
+
+def whole(toy: Toy) -> None:
+    """Nothing of a rebase is left, and the branch is a line on the new release."""
+    assert not tree(toy).exists()
+    assert not (toy.own / ".git/gemma4-rebase.json").exists()
+    assert not list((toy.own / ".git").glob("worktrees/*"))
+    assert toy.git("merge-base", NEW, NEW_BRANCH) == toy.git("rev-parse", NEW)
+    assert toy.git("status", "--porcelain") == ""
+
+
+def test_clean(filled: Toy) -> None:
+    upstream(filled, a=("a0 = 0\n", "a0 = 0\nmore = 1\n"))
+    old = filled.git("rev-parse", BRANCH)
+    done = filled.run("rebase", TO=NEW)
+    assert outcomes(done.stderr) == {FIRST: "clean", SECOND: "clean", THIRD: "clean"}
+    assert "3 clean" in done.stderr
+    whole(filled)
+    assert filled.git("branch", "--show-current") == NEW_BRANCH
+    assert filled.git("rev-parse", BRANCH) == old
+    text = (filled.own / "vllm/a.py").read_text()
+    assert "more = 1" in text and "a10 = 'ten'" in text
+    filled.run("export", RELEASE=NEW)
+    folder = filled.root / "patches" / NEW
+    assert sorted(path.name for path in folder.iterdir()) == [FIRST, SECOND, THIRD]
+    assert "already applied: 3 patches" in filled.run("apply", RELEASE=NEW).stderr
+    # And back: the old series is as it was.
+    filled.run("apply")
+    assert filled.head() == old
+
+
+def test_merged(filled: Toy) -> None:
+    upstream(filled, a=("a12 = 12\n", "a12 = 'upstream'\n"))
+    done = filled.run("rebase", TO=NEW)
+    assert outcomes(done.stderr) == {FIRST: "merged", SECOND: "clean", THIRD: "clean"}
+    text = (filled.own / "vllm/a.py").read_text()
+    assert "a10 = 'ten'\n" in text and "a12 = 'upstream'\n" in text
+    report = (filled.root / f"build/reports/rebase-{NEW}.txt").read_text()
+    assert "[Model] Name ten" in report and "a12 = 'upstream'" in report
+
+
+def test_author_date_and_message_are_kept(filled: Toy) -> None:
+    filled.git(
+        *(
+            "commit",
+            "-q",
+            "--amend",
+            "--cleanup=verbatim",
+            "--author=Ä B <a@x.invalid>",
+        ),
+        *("--date=2026-02-03T04:05:06+0530", "-m", "[Model] Ünd\n\n# kept\n\nend\n"),
+    )
+    filled.run("export")
+    upstream(filled)
+    filled.run("rebase", TO=NEW)
+    said = filled.git("log", "-1", "--format=%an %aI %cI%n%B")
+    date = "2026-02-03T04:05:06+05:30"
+    assert said == f"Ä B {date} {date}\n[Model] Ünd\n\n# kept\n\nend"
+
+
+def test_conflict(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    old = filled.head()
+    done = filled.run("rebase", ok=False, TO=NEW)
+    line = done.stderr.splitlines()[-1]
+    assert f"{FIRST} conflicts with {NEW} in vllm/a.py" in line
+    assert "make rebase CONTINUE=1" in line and "ABORT=1" in line
+    assert "vllm/a.py: 1 lines added, 1 removed" in done.stderr
+    # What it says to run shows upstream's change.
+    command = next(s for s in done.stderr.splitlines() if s.startswith("  git -C"))
+    shown = subprocess.run(
+        command, shell=True, cwd=filled.root, capture_output=True, text=True
+    ).stdout
+    assert "+a10 = 'upstream'" in shown
+    assert "||||||| " in (tree(filled) / "vllm/a.py").read_text()
+    # The checkout is free for other work.
+    assert filled.head() == old
+    assert filled.git("branch", "--list", NEW_BRANCH) == ""
+    assert filled.git("status", "--porcelain") == ""
+
+    assert f"is under way, stopped at {FIRST}" in filled.fails("rebase", TO=NEW)
+    assert "vllm/a.py" in filled.fails("rebase", CONTINUE="1")
+    filled.git("add", "vllm/a.py", at=tree(filled))
+    line = filled.fails("rebase", CONTINUE="1")
+    assert "vllm/a.py" in line and "has a conflict marker in line" in line
+    mend(filled)
+    (tree(filled) / "vllm/b.py").write_text("not added\n")
+    assert "vllm/b.py" in filled.fails("rebase", CONTINUE="1")
+    filled.git("restore", "vllm/b.py", at=tree(filled))
+
+    done = filled.run("rebase", CONTINUE="1")
+    said = outcomes(done.stderr)
+    assert said == {FIRST: "conflict vllm/a.py", SECOND: "clean", THIRD: "clean"}
+    whole(filled)
+    assert "a10 = 'both'\n" in (filled.own / "vllm/a.py").read_text()
+    filled.run("export", RELEASE=NEW)
+    assert filled.files().keys() == {FIRST, SECOND, THIRD}
+    text = (filled.root / "patches" / NEW / FIRST).read_text()
+    assert "-a10 = 'upstream'\n+a10 = 'both'\n" in text and "Purpose: see" in text
+
+
+def test_conflict_is_remembered(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    mend(filled)
+    filled.run("rebase", CONTINUE="1")
+    first = filled.git("rev-parse", f"{NEW_BRANCH}^{{tree}}")
+    filled.git("switch", "-q", BRANCH)
+    filled.git("branch", "-D", NEW_BRANCH)
+    line = filled.fails("rebase", TO=NEW)
+    assert "in vllm/a.py, mended as the last time" in line
+    done = filled.run("rebase", CONTINUE="1")
+    assert outcomes(done.stderr)[FIRST] == "conflict vllm/a.py"
+    assert filled.git("rev-parse", f"{NEW_BRANCH}^{{tree}}") == first
+
+
+def test_person_commits_and_splits(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    mend(filled)
+    filled.git("cherry-pick", "--continue", at=tree(filled))
+    filled.change("run.sh", "", "echo\n", "Split off", at=tree(filled))
+    (tree(filled) / "run.sh").write_text("not committed\n")
+    assert "uncommitted changes in run.sh" in filled.fails("rebase", CONTINUE="1")
+    assert (tree(filled) / "run.sh").read_text() == "not committed\n"
+    filled.git("restore", "run.sh", at=tree(filled))
+    done = filled.run("rebase", CONTINUE="1")
+    assert outcomes(done.stderr)[FIRST] == "conflict vllm/a.py; 2 commits"
+    log = filled.git("log", "--format=%s", f"{NEW}..{NEW_BRANCH}").splitlines()
+    assert log == [
+        *("[Model] A new file", "[Model] Wörter"),
+        *("[Model] Split off", "[Model] Name ten"),
+    ]
+
+
+def test_person_skips(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    filled.git("cherry-pick", "--skip", at=tree(filled))
+    done = filled.run("rebase", CONTINUE="1")
+    assert outcomes(done.stderr)[FIRST] == "dropped by you"
+    assert "'upstream'" in (filled.own / "vllm/a.py").read_text()
+
+
+def test_person_begins_something_else(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    filled.git("cherry-pick", "--skip", at=tree(filled))
+    with pytest.raises(AssertionError):
+        filled.git("merge", BRANCH, "--allow-unrelated-histories", at=tree(filled))
+    assert "a merge is under way" in filled.fails("rebase", CONTINUE="1")
+    filled.git("merge", "--abort", at=tree(filled))
+    filled.git("checkout", "-q", TAG, at=tree(filled))
+    assert "no line from" in filled.fails("rebase", CONTINUE="1")
+
+
+def test_worktree_removed_by_hand(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    shutil.rmtree(tree(filled))
+    assert "conflicts with" in filled.fails("rebase", CONTINUE="1")
+    mend(filled)
+    filled.run("rebase", CONTINUE="1")
+    whole(filled)
+
+
+def test_worktree_cut_off(filled: Toy) -> None:
+    """What a person mended there is not git's any more, but theirs."""
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    mend(filled)
+    (tree(filled) / ".git").unlink()
+    mended = tree(filled) / "vllm/a.py"
+    assert "is no worktree of build/vllm any more" in filled.fails(
+        "rebase", CONTINUE="1"
+    )
+    assert "left alone" in filled.run("rebase", ABORT="1").stderr
+    assert "a10 = 'both'\n" in mended.read_text()
+    assert "is in the way" in filled.fails("rebase", TO=NEW)
+
+
+# What upstream did with the change itself.
+
+
+def test_merged_upstream_verbatim(filled: Toy) -> None:
+    upstream(filled, b=("b50 = 50\n", "b50 = 'é'\n"))
+    done = filled.run("status", TO=NEW)
+    rows = {row.split()[0]: row.split()[-1] for row in done.stdout.splitlines()}
+    assert rows == {"patch": NEW, FIRST: "-", SECOND: "taken", THIRD: "-"}
+    done = filled.run("rebase", TO=NEW)
+    assert outcomes(done.stderr) == {
+        FIRST: "clean",
+        SECOND: f"dropped {NEW} has it",
+        THIRD: "clean",
+    }
+    assert "2 clean, 1 dropped" in done.stderr
+    filled.run("export", RELEASE=NEW)
+    names = sorted(path.name for path in (filled.root / "patches" / NEW).iterdir())
+    assert names == [FIRST, THIRD.replace("0003", "0002")]
+
+
+def test_merged_upstream_differently(filled: Toy) -> None:
+    filled.change("vllm/a.py", "a30 = 30\n", "a30 = 'x'\n", "Two places")
+    path = filled.own / "vllm/b.py"
+    path.write_text(path.read_text().replace("b5 = 5\n", "b5 = 'x'\n"))
+    filled.git("commit", "-qa", "--amend", "--no-edit")
+    filled.run("export")
+    # Upstream took one of the two, and the other in its own way.
+    upstream(
+        filled, a=("a30 = 30\n", "a30 = 'x'\n"), b=("b5 = 5\n", "b5 = 'upstream'\n")
+    )
+    rows = filled.run("status", TO=NEW).stdout.splitlines()
+    assert rows[-1].endswith("  1 of 2 hunks (vllm/a.py)")
+    done = filled.run("rebase", ok=False, TO=NEW)
+    assert "0004-Model-Two-places.patch conflicts" in done.stderr.splitlines()[-1]
+    # Upstream's way is taken: nothing of the patch is left.
+    filled.git("checkout", "--ours", "vllm/b.py", at=tree(filled))
+    filled.git("add", "vllm/b.py", at=tree(filled))
+    done = filled.run("rebase", CONTINUE="1")
+    note = "dropped nothing of it is left"
+    assert outcomes(done.stderr)["0004-Model-Two-places.patch"] == note
+
+
+def test_all_merged_upstream(filled: Toy) -> None:
+    series: dict[str, Any] = {
+        "a": ("a10 = 10\n", "a10 = 'ten'\n"),
+        "b": ("b50 = 50\n", "b50 = 'é'\n"),
+        "new": "# SPDX\nx = 1\n",
+    }
+    upstream(filled, **series)
+    done = filled.run("rebase", TO=NEW)
+    assert "3 dropped" in done.stderr
+    assert filled.git("rev-parse", NEW_BRANCH) == filled.git("rev-parse", NEW)
+
+
+def test_renamed_upstream(filled: Toy) -> None:
+    upstream(filled, b=None, c=TREE["vllm/b.py"].replace("b0 = 0\n", "b0 = 'c'\n"))
+    done = filled.run("rebase", TO=NEW)
+    assert outcomes(done.stderr)[SECOND] == "merged"
+    text = (filled.own / "vllm/c.py").read_text()
+    assert "b50 = 'é'\n" in text and not (filled.own / "vllm/b.py").exists()
+
+
+def test_renamed_upstream_with_a_conflict(filled: Toy) -> None:
+    moved = TREE["vllm/b.py"].replace("b50 = 50\n", "b50 = 'c'\n")
+    upstream(filled, b=None, c=moved)
+    done = filled.run("rebase", ok=False, TO=NEW)
+    assert "vllm/c.py: it was vllm/b.py; 1 lines added, 1 removed" in done.stderr
+    mend(filled, "vllm/c.py", "b50 = 'both'\n")
+    filled.run("rebase", CONTINUE="1")
+    assert "b50 = 'both'\n" in (filled.own / "vllm/c.py").read_text()
+
+
+def test_removed_upstream(filled: Toy) -> None:
+    upstream(filled, b=None)
+    done = filled.run("rebase", ok=False, TO=NEW)
+    assert "vllm/b.py: it is gone there" in done.stderr
+    filled.git("rm", "-q", "vllm/b.py", at=tree(filled))
+    done = filled.run("rebase", CONTINUE="1")
+    assert outcomes(done.stderr)[SECOND] == "dropped nothing of it is left"
+
+
+def test_added_upstream(filled: Toy) -> None:
+    upstream(filled, new="# upstream's\n")
+    done = filled.run("rebase", ok=False, TO=NEW)
+    assert "vllm/new.py: it is new there" in done.stderr
+
+
+# Patches that are none.
+
+
+@pytest.mark.parametrize("verb", ["apply", "rebase", "status"])
+@pytest.mark.parametrize("fault", ["corrupt", "crlf", "cut", "misfit"])
+def test_bad_patch(filled: Toy, verb: str, fault: str) -> None:
+    upstream(filled)
+    filled.run("apply")
+    tip = filled.head()
+    path = filled.patches / SECOND
+    text = path.read_bytes()
+    path.write_bytes(
+        {
+            "corrupt": text.replace(b"-b50 = 50\n", b"?b50 = 50\n"),
+            "crlf": text.replace(b"\n", b"\r\n"),
+            "cut": text[: text.index(b"+b50")],
+            "misfit": text.replace(b"-b50 = 50\n", b"-b50 = 51\n"),
+        }[fault]
+    )
+    line = filled.fails(verb, TO=NEW)
+    assert SECOND in line
+    says = {"crlf": "has CRLF", "misfit": "does not apply to vllm/b.py, hunk 1 of 1"}
+    assert says.get(fault, "is corrupt (line ") in line
+    assert filled.head() == tip and filled.git("status", "--porcelain") == ""
+    assert (
+        not tree(filled).exists() and filled.git("branch", "--list", NEW_BRANCH) == ""
+    )
+
+
+# What is in the way.
+
+
+def test_nowhere_to_go(filled: Toy) -> None:
+    upstream(filled)
+    assert f"give TO= one of {TAG}, {NEW}" in filled.fails("rebase")
+    assert "TO=v9 is unknown" in filled.fails("rebase", TO="v9")
+    assert "is on v1.0.0 already" in filled.fails("rebase", TO=TAG)
+    assert "both TO= and TO_DIR=" in filled.fails("rebase", TO=NEW, TO_DIR="x")
+    assert "TO_DIR=/nowhere is no folder" in filled.fails("rebase", TO_DIR="/nowhere")
+    assert "no rebase is under way" in filled.fails("rebase", CONTINUE="1")
+    assert "no rebase is under way" in filled.fails("rebase", ABORT="1")
+    assert "has no patches" in filled.fails("rebase", RELEASE=NEW, TO=TAG)
+
+
+def test_commits_that_are_not_exported(filled: Toy) -> None:
+    upstream(filled)
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "Mine")
+    tip = filled.head()
+    assert "has commits that patches/ has not" in filled.fails("rebase", TO=NEW)
+    assert filled.head() == tip
+
+
+def test_new_branch_with_commits(filled: Toy) -> None:
+    upstream(filled)
+    filled.run("apply", RELEASE=NEW)
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "Mine")
+    tip = filled.head()
+    line = filled.fails("rebase", TO=NEW)
+    assert f"{NEW_BRANCH} in build/vllm has commits" in line
+    assert filled.git("rev-parse", NEW_BRANCH) == tip
+
+
+def test_new_branch_that_moves_meanwhile(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    filled.git("switch", "-q", "-c", NEW_BRANCH, NEW)
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "Mine")
+    tip = filled.head()
+    mend(filled)
+    assert f"{NEW_BRANCH} in build/vllm has moved" in filled.fails(
+        "rebase", CONTINUE="1"
+    )
+    assert filled.git("rev-parse", NEW_BRANCH) == tip
+    filled.git("branch", "-m", NEW_BRANCH, "mine")
+    filled.run("rebase", CONTINUE="1")
+    whole(filled)
+    assert filled.git("rev-parse", "mine") == tip
+
+
+def test_exported_branch_is_made_anew(filled: Toy) -> None:
+    upstream(filled)
+    filled.run("rebase", TO=NEW)
+    filled.run("export", RELEASE=NEW)
+    filled.git("switch", "-q", BRANCH)
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "More")
+    filled.run("export")
+    filled.run("rebase", TO=NEW)
+    assert "4 patches" in filled.run("export", RELEASE=NEW).stderr
+
+
+def test_uncommitted_changes_do_not_matter(filled: Toy) -> None:
+    upstream(filled)
+    (filled.own / "vllm/a.py").write_text("mine\n")
+    (filled.own / "notes.txt").write_text("mine\n")
+    done = filled.run("rebase", TO=NEW)
+    assert "the checkout stays where it is" in done.stderr
+    assert (filled.own / "vllm/a.py").read_text() == "mine\n"
+    assert filled.git("branch", "--show-current") == BRANCH
+    assert filled.git("status", "--porcelain") == "M vllm/a.py\n?? notes.txt"
+    filled.git("restore", "vllm/a.py")
+    filled.git("switch", "-q", NEW_BRANCH)
+    assert "3 patches" in filled.run("export", RELEASE=NEW).stderr
+
+
+def test_something_under_way_does_not_matter(filled: Toy) -> None:
+    upstream(filled)
+    filled.git("bisect", "start")
+    filled.run("rebase", TO=NEW)
+    assert (filled.own / ".git/BISECT_LOG").exists()
+
+
+def test_hostile_settings(filled: Toy, hostile: dict[str, Any]) -> None:
+    upstream(filled, a=("a12 = 12\n", "a12 = 'upstream'\n"))
+    filled.run("rebase", TO=NEW)
+    wanted = filled.git("rev-parse", NEW_BRANCH)
+    filled.git("switch", "-q", BRANCH)
+    filled.git("branch", "-D", NEW_BRANCH)
+    config = Path(hostile["GIT_CONFIG_GLOBAL"]).read_text()
+    with (filled.own / ".git/config").open("a") as stream:
+        stream.write(config + "[merge]\n renames = false\n[commit]\n cleanup = strip\n")
+    filled.run("rebase", TO=NEW, **hostile)
+    assert filled.git("rev-parse", NEW_BRANCH) == wanted
+
+
+# Giving up.
+
+
+@pytest.mark.parametrize("how", ["stopped", "half mended", "removed"])
+def test_abort(filled: Toy, how: str) -> None:
+    upstream(filled, b=("b50 = 50\n", "b50 = 'upstream'\n"))
+    before = filled.git("for-each-ref", "refs/heads"), filled.head()
+    filled.fails("rebase", TO=NEW)
+    if how == "half mended":
+        (tree(filled) / "vllm/b.py").write_text("half\n")
+        (tree(filled) / "notes.txt").write_text("mine\n")
+    if how == "removed":
+        shutil.rmtree(tree(filled))
+    done = filled.run("rebase", ABORT="1")
+    kept = f"refs/gemma4/aborted/{NEW}"
+    assert f"is kept as {kept}" in done.stderr
+    assert (filled.git("for-each-ref", "refs/heads"), filled.head()) == before
+    assert not tree(filled).exists() and filled.git("status", "--porcelain") == ""
+    assert "a10 = 'ten'" in filled.git("show", f"{kept}:vllm/a.py")
+    if how == "half mended":
+        assert filled.git("show", f"{kept}:vllm/b.py") == "half"
+        assert filled.git("show", f"{kept}:notes.txt") == "mine"
+    assert SECOND in filled.fails("rebase", TO=NEW)
+
+
+# Clones of all kinds.
+
+
+@pytest.fixture
+def theirs(filled: Toy, clone: Path) -> Path:
+    """A person's clone that has both releases, the newer one in conflict."""
+    for name, text in edited(**CONFLICT).items():
+        (clone / name).write_text(text)
+    filled.git("add", "-A", at=clone)
+    filled.git("commit", "-qm", "release", at=clone)
+    filled.git("tag", NEW, at=clone)
+    short = filled.git("rev-parse", "--short=9", "HEAD", at=clone)
+    release(filled, NEW, edited(**CONFLICT), short)
+    return clone
+
+
+def go_through(toy: Toy, at: Path, **env: str) -> str:
+    """Rebase in a person's clone, over the conflict; return the branch's tip."""
+    where: dict[str, Any] = {"VLLM": str(at)} | env
+    before = toy.git("for-each-ref", "refs/heads", "refs/tags", at=at)
+    toy.fails("rebase", TO=NEW, **where)
+    assert toy.git("for-each-ref", "refs/heads", "refs/tags", at=at) == before
+    made = next((toy.root / "build").glob(f"rebase-{NEW}-*"))
+    made.rename(tree(toy))
+    mend(toy)
+    tree(toy).rename(made)
+    toy.run("rebase", CONTINUE="1", **where)
+    assert not made.exists() and toy.git("status", "--porcelain", at=at) == ""
+    text = (at / "vllm/a.py").read_text()
+    assert "a10 = 'both'\n" in text and (at / "vllm/new.py").exists()
+    return toy.git("rev-parse", NEW_BRANCH, at=at)
+
+
+def test_clone(filled: Toy, theirs: Path) -> None:
+    tip = go_through(filled, theirs)
+    base = filled.git("merge-base", NEW, tip, at=theirs)
+    assert base == filled.git("rev-parse", NEW, at=theirs)
+    # What a person mends is remembered in the project's own checkout only.
+    assert not (theirs / ".git/rr-cache").exists()
+    filled.run("export", VLLM=str(theirs), RELEASE=NEW)
+    assert len(list((filled.root / "patches" / NEW).iterdir())) == 3
+
+
+def test_clone_that_is_dirty(filled: Toy, theirs: Path) -> None:
+    (theirs / "vllm/b.py").write_text("mine\n")
+    filled.fails("rebase", TO=NEW, VLLM=str(theirs))
+    filled.run("rebase", ABORT="1", VLLM=str(theirs))
+    assert (theirs / "vllm/b.py").read_text() == "mine\n"
+    assert filled.git("worktree", "list", at=theirs).count("\n") == 0
+
+
+def test_shallow_clone(filled: Toy, theirs: Path) -> None:
+    """It has the new release only: the old one is made from its sdist."""
+    shallow = theirs.with_name("shallow ü")
+    filled.git(
+        *("clone", "-q", "--depth=1", "-b", NEW, f"file://{theirs}", str(shallow)),
+        at=theirs,
+    )
+    cut = (shallow / ".git/shallow").read_text()
+    go_through(filled, shallow)
+    assert (shallow / ".git/shallow").read_text() == cut
+
+
+def test_clone_without_blobs(filled: Toy, theirs: Path) -> None:
+    """It has neither release's old files, and where it came from is gone."""
+    filled.git("config", "uploadpack.allowFilter", "true", at=theirs)
+    partial = theirs.with_name("partial")
+    filled.git(
+        *("clone", "-q", "--filter=blob:none", "-b", NEW),
+        *(f"file://{theirs}", str(partial)),
+        at=theirs,
+    )
+    missing = filled.git(
+        "rev-list", "--objects", "--missing=print", TAG, at=partial
+    ).count("?")
+    assert missing
+    theirs.rename(theirs.with_name("gone"))
+    go_through(filled, partial)
+
+
+def confined() -> list[str]:
+    """Return a prefix under which even root minds a file's mode."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root minds no file's mode")
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+
+
+@pytest.mark.parametrize("verb", ["apply", "rebase", "status"])
+def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
+    folders = [path for path in theirs.rglob("*") if path.is_dir()]
+    for path in (theirs, *folders):
+        path.chmod(0o555)
+    try:
+        done = subprocess.run(
+            [*confined(), sys.executable, "-m", f"scripts.{verb}"],
+            cwd=filled.root,
+            env=filled.environ(VLLM=str(theirs), TO=NEW),
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        for path in (theirs, *folders):
+            path.chmod(0o755)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "their clone" in last
+    assert "cannot be written" in last
+    assert filled.git("status", "--porcelain", at=theirs) == ""
+    assert not list((filled.root / "build").glob("rebase-*"))
+
+
+@pytest.mark.parametrize("how", ["whole", "shallow", "own", "dirty"])
+def test_to_a_commit_of_a_clone(filled: Toy, theirs: Path, how: str) -> None:
+    filled.change("vllm/b.py", "b0 = 0\n", "b0 = 'newer'\n", "later", at=theirs)
+    commit = filled.head(theirs)
+    env: dict[str, Any] = {"TO_DIR": str(theirs)}
+    if how == "shallow":
+        shallow = theirs.with_name("shallow")
+        filled.git("clone", "-q", "--depth=1", f"file://{theirs}", str(shallow))
+        env["TO_DIR"] = str(shallow)
+    if how == "own":
+        env["VLLM"] = str(theirs)
+    if how == "dirty":
+        (theirs / "vllm/b.py").write_text("mine\n")
+    line = filled.fails("rebase", **env)
+    assert f"conflicts with {commit[:12]} in vllm/a.py" in line
+    made = next((filled.root / "build").glob("rebase-*"))
+    made.rename(tree(filled))
+    mend(filled)
+    tree(filled).rename(made)
+    env.pop("TO_DIR")
+    done = filled.run("rebase", CONTINUE="1", **env)
+    assert "name " + commit[:12] + " in pins.toml" in done.stderr
+    at = theirs if how == "own" else filled.own
+    text = filled.git("show", f"gemma4/{commit[:12]}:vllm/b.py", at=at)
+    assert "'newer'" in text and "'é'" in text
+    if how != "own":
+        # No history came along, and theirs is as it was.
+        log = filled.git("log", "--format=%s", f"gemma4/{commit[:12]}").splitlines()
+        assert log[-1] == f"vLLM {commit}" and len(log) == 4
+        assert filled.head(theirs) == commit
+        assert filled.git("branch", "--list", "gemma4/*", at=theirs) == ""
+
+
+# Interrupts.
+
+
+def saboteur(tmp_path: Path, nth: int, kill: str) -> Path:
+    """Put a git in the way that ends its caller at the nth call."""
+    real = shutil.which("git")
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / "n").unlink(missing_ok=True)
+    (folder / "hit").unlink(missing_ok=True)
+    # Before the call, after it, and while it runs.
+    then = {
+        0: "",
+        1: f'"{real}" "$@" >/dev/null 2>&1; ',
+        2: f'"{real}" "$@" >/dev/null 2>&1 & sleep 0.002; kill -9 $!; wait; ',
+    }[nth % 3]
+    script = folder / "git"
+    script.write_text(
+        f'#!/bin/bash\necho >> "{folder}/n"\n'
+        f'if [ "$(wc -l < "{folder}/n")" -eq {nth} ]; then\n'
+        f'  touch "{folder}/hit"; {then}kill -{kill} $PPID; sleep 1; exit 1\nfi\n'
+        f'exec "{real}" "$@"\n'
+    )
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["begin", "continue", "abort"])
+@pytest.mark.parametrize("kill", ["KILL", "INT"])
+def test_interrupted_anywhere(
+    filled: Toy, tmp_path: Path, kill: str, verb: str
+) -> None:
+    upstream(filled, **CONFLICT)
+    filled.run("status")
+    before = filled.git("for-each-ref", "refs/heads"), filled.head()
+
+    def begin() -> None:
+        filled.fails("rebase", TO=NEW)
+
+    begin()
+    mend(filled)
+    filled.run("rebase", CONTINUE="1")
+    wanted = filled.git("rev-parse", f"{NEW_BRANCH}^{{tree}}")
+    shutil.rmtree(filled.own / ".git/rr-cache")
+    pristine = tmp_path / "pristine"
+    filled.git("switch", "-q", BRANCH)
+    filled.git("branch", "-D", NEW_BRANCH)
+    if verb != "begin":
+        begin()
+        mend(filled)
+    shutil.copytree(filled.root / "build", pristine, symlinks=True)
+    env: dict[str, Any] = {
+        "begin": {"TO": NEW},
+        "continue": {"CONTINUE": "1"},
+        "abort": {"ABORT": "1"},
+    }[verb]
+    nth, hits = 1, 0
+    while True:
+        shutil.rmtree(filled.root / "build")
+        shutil.copytree(pristine, filled.root / "build", symlinks=True)
+        folder = saboteur(tmp_path, nth, kill)
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        done = filled.run("rebase", ok=None, PATH=path, **env)
+        if not (folder / "hit").exists():
+            break
+        hits += 1
+        assert done.returncode != 0
+        if verb == "abort":
+            state = filled.own / ".git/gemma4-rebase.json"
+            if state.exists():
+                filled.run("rebase", ABORT="1")
+            now = filled.git("for-each-ref", "refs/heads"), filled.head()
+            assert now == before, nth
+            assert not tree(filled).exists(), nth
+        else:
+            again = filled.run("rebase", ok=None, **env)
+            state = filled.own / ".git/gemma4-rebase.json"
+            if state.exists():
+                assert "conflict" in again.stderr or "under way" in again.stderr, nth
+                if filled.git("ls-files", "--unmerged", at=tree(filled)):
+                    mend(filled)
+                filled.run("rebase", CONTINUE="1")
+            assert filled.git("rev-parse", f"{NEW_BRANCH}^{{tree}}") == wanted, nth
+            log = filled.git("log", "--format=%s", f"{NEW}..{NEW_BRANCH}")
+            assert len(log.splitlines()) == 3, nth
+            whole(filled)
+        assert filled.git("status", "--porcelain") == "", nth
+        nth += 3 if hits < 4 else 5
+    assert hits >= (3 if verb == "abort" else 6), hits
+
+
+def test_two_at_once(filled: Toy) -> None:
+    upstream(filled)
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import time; from scripts import console\n"
+            "with console.lock(): print(1, flush=True); time.sleep(60)",
+        ],
+        cwd=filled.root,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        line = filled.fails("rebase", TO=NEW)
+        assert "another make command is at work" in line
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    time.sleep(0.1)
+    filled.run("rebase", TO=NEW)
+
+
+def test_two_one_after_the_other(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    release(filled, "v1.2.0", edited())
+    filled.fails("rebase", TO=NEW)
+    line = filled.fails("rebase", TO="v1.2.0")
+    assert f"a rebase to {NEW} is under way" in line and "ABORT=1" in line
+    assert f"a rebase to {NEW} is under way, stopped at" in filled.run("status").stderr
+
+
+# Status.
+
+
+def test_status(filled: Toy) -> None:
+    upstream(filled, a=("a10 = 10\n", "a10 = 'ten'\n"))
+    release(filled, "v1.2.0", edited(new="# SPDX\nx = 1\n"))
+    lines = filled.run("status").stdout.splitlines()
+    assert lines[0].split() == [
+        "patch",
+        "upstream",
+        "status",
+        "in",
+        NEW,
+        "in",
+        "v1.2.0",
+    ]
+    assert [line.split() for line in lines[1:]] == [
+        [FIRST, "Pending", "taken", "-"],
+        [SECOND, "Pending", "-", "-"],
+        [THIRD, "Pending", "-", "taken"],
+    ]
+    assert "no release after v1.2.0" in filled.fails("status", RELEASE="v1.2.0")
+
+
+def test_status_of_patches_on_one_another(filled: Toy) -> None:
+    """A later patch changes what an earlier one wrote: both are found."""
+    filled.change("vllm/a.py", "a10 = 'ten'\n", "a10 = 'zehn'\n", "Say it in German")
+    filled.run("export")
+    upstream(filled, a=("a10 = 10\n", "a10 = 'zehn'\n"))
+    rows = [line.split()[-1] for line in filled.run("status").stdout.splitlines()]
+    assert rows == [NEW, "taken", "-", "-", "taken"]
+
+
+def test_status_changes_nothing(filled: Toy) -> None:
+    upstream(filled)
+    filled.run("status")
+    refs = filled.git("for-each-ref")
+    head = filled.head()
+    filled.run("status")
+    assert (filled.git("for-each-ref"), filled.head()) == (refs, head)
+    assert filled.git("status", "--porcelain") == ""
