@@ -2,20 +2,24 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help tools apply build python demo test export lint
+.PHONY: wheel install-into upstream
 
 PYTHON3 ?= python3
 export RELEASE VLLM PYTHON DEVICE CONTINUE ARGS STAGE
+export UNDO BUMP MACHINE PATCH ONTO WITH
 
 RUN := build/tools/bin/python -m scripts
 
 help: ## list the targets
 	@echo 'make TARGET [VARIABLE=value ...]'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
 	@echo 'VLLM=path      work on that clone of vLLM, not on build/vllm'
 	@echo 'RELEASE=tag    another release that pins.toml names'
 	@echo 'PYTHON=path    an interpreter that has this vLLM release already'
 	@echo 'DEVICE=cpu     the CPU runtime even where there is an NVIDIA GPU (or cuda)'
 	@echo 'CONTINUE=1     apply: stop at a patch that does not apply, for git am --continue'
+	@echo 'MACHINE=name   wheel: for x86_64 or aarch64; BUMP=1 gives a changed series a number'
+	@echo 'ONTO=ref       upstream: another branch than main; WITH="0004" what else it needs'
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:
@@ -44,3 +48,12 @@ export: tools ## write the checkout's commits to patches/
 
 lint: tools ## check scripts/, tests/ and patches/ as vLLM would
 	@$(RUN).lint
+
+wheel: tools ## make a wheel of the patched release and print its path
+	@$(RUN).wheel
+
+install-into: tools ## put the series in the vLLM that PYTHON= has, or out of it: UNDO=1
+	@$(RUN).install
+
+upstream: tools ## make a branch of PATCH=0003 and what it needs on your VLLM= clone's main
+	@$(RUN).upstream

@@ -86,12 +86,13 @@ class Clone:
         self.path = path
         self.dir = Path(self("rev-parse", "--absolute-git-dir"))
 
-    def __call__(self, *args: str, data: bytes | None = None) -> str:
+    def __call__(self, *args: str, data: bytes | None = None, **env: str) -> str:
         """Run git here.
 
         Args:
             args: its arguments.
             data: its standard input.
+            env: more variables for it.
 
         Returns:
             What it printed, less the last line end.
@@ -99,7 +100,7 @@ class Clone:
         Raises:
             GitError: its exit status is not 0.
         """
-        out = _call(self.command(*args), data, environment())
+        out = _call(self.command(*args), data, environment(**env))
         return out.decode(errors="surrogateescape").rstrip("\n")
 
     def raw(self, commit: str) -> bytes:

@@ -151,6 +151,7 @@ def pytest(
 # Variables of make's command line: a test that runs make must not inherit them.
 _OWN = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
+    *("UNDO", "BUMP", "MACHINE", "PATCH", "ONTO", "WITH"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),
 }
 

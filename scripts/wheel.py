@@ -83,7 +83,7 @@ def payload(release: Release) -> list[Change]:
 
 def digest(changes: list[Change]) -> str:
     """Return what tells one series from another in a wheel."""
-    said = [(change.name, change.new and row_hash(change.new)) for change in changes]
+    said = [(change.name, hash_of(change.new)) for change in changes]
     return hashlib.sha256(repr(sorted(said)).encode()).hexdigest()
 
 
@@ -91,6 +91,11 @@ def row_hash(data: bytes) -> str:
     """Return a file's hash as RECORD has it."""
     found = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
     return "sha256=" + found.decode().rstrip("=")
+
+
+def hash_of(data: bytes | None) -> str | None:
+    """Return `row_hash`, None of None."""
+    return None if data is None else row_hash(data)
 
 
 def read_record(data: bytes) -> list[list[str]]:
@@ -131,7 +136,7 @@ def fitting(
         has = hashes.get(name)
         if has is None and change.old is not None and not name.endswith(".py"):
             continue
-        if has != (None if change.old is None else row_hash(change.old)):
+        if has != hash_of(change.old):
             raise Failure(
                 f"{name} in {what} is not {release.tag}'s",
                 f"name it in {kind}.modules of pins.toml if it must stay as it is",
@@ -167,11 +172,11 @@ def number(release: Release, changes: list[Change], bump: bool) -> int:
     table = tomlkit.table()
     table.add("number", release.number + 1)
     table.add("series", now)
-    own = text["releases"][release.tag]  # type: ignore[index]
-    if "wheel" in own:  # type: ignore[operator]
-        own["wheel"].update(table)  # type: ignore[index]
+    own = text["releases"][release.tag]
+    if "wheel" in own:
+        own["wheel"].update(table)
     else:
-        own.add("wheel", table)  # type: ignore[union-attr]
+        own.add("wheel", table)
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(tomlkit.dumps(text), encoding="utf-8")
     fresh.replace(path)
@@ -309,9 +314,7 @@ def _store(
 ) -> None:
     entry = ZipInfo(name, record.date_time)
     entry.create_system = 3
-    entry.external_attr = (
-        like.external_attr if like else (stat.S_IFREG | 0o644) << 16
-    )
+    entry.external_attr = like.external_attr if like else (stat.S_IFREG | 0o644) << 16
     out.writestr(entry, data)
 
 

@@ -221,6 +221,7 @@ class Toy:
 
 OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
+    *("UNDO", "BUMP", "MACHINE", "PATCH", "ONTO", "WITH"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
 }
 
