@@ -110,7 +110,31 @@ class Target:
 
     def write(self, journal: Journal) -> None:
         """Put a journal in the place of the one before."""
-        _save(self.place / "journal.json", json.dumps(asdict(journal)).encode())
+        fresh = self.place / "journal.json.new"
+        _write(fresh, json.dumps(asdict(journal)).encode())
+        fresh.replace(self.place / "journal.json")
+
+    def list(self, rows: list[list[str]]) -> None:
+        """Put a RECORD in the place of the one before."""
+        fresh = self.place / "RECORD.new"
+        _write(fresh, write_record(rows), self.record.stat().st_mode & 0o777)
+        fresh.replace(self.record)
+
+    def settle(self) -> None:
+        """Clear what was there only for as long as work was under way."""
+        for stale in ("new", "journal.json.new", "RECORD.new"):
+            console.remove(self.place / stale)
+        inside = self.place.relative_to(self.root).as_posix() + "/"
+        journal = self.journal()
+        files = journal.files if journal else []
+        rows = read_record(self.record.read_bytes())
+        kept = [
+            row
+            for row in _without(rows, {name for name, _, new in files if new is None})
+            if not row[0].startswith(inside) or (self.root / row[0]).exists()
+        ]
+        if kept != rows:
+            self.list(kept)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -133,15 +157,13 @@ class Target:
             os.close(handle)
 
 
-def _save(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as out:
+def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as out:
         out.write(data)
         os.fchmod(out.fileno(), mode)
         out.flush()
         os.fsync(out.fileno())
-    fresh.replace(path)
 
 
 def find(given: str, version: str) -> Target:
@@ -258,12 +280,8 @@ def undo(target: Target) -> bool:
         if old is None:
             path.unlink(missing_ok=True)
         elif has[name] != old:
-            fresh = target.place / "new" / name
-            fresh.parent.mkdir(parents=True, exist_ok=True)
-            fresh.unlink(missing_ok=True)
-            shutil.copy2(target.place / "backup" / name, fresh, follow_symlinks=False)
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.replace(path)
+            (target.place / "backup" / name).replace(path)
     _forget_compiled(target, [name for name, _, _ in journal.files])
     for folder in journal.folders:
         with contextlib.suppress(FileNotFoundError, OSError):
@@ -302,26 +320,32 @@ def _forget_compiled(target: Target, names: list[str]) -> None:
     )
 
 
-def _rows(
+def _without(rows: list[list[str]], gone: set[str]) -> list[list[str]]:
+    """Return RECORD without files and what was compiled from them."""
+
+    def source(name: str) -> str:
+        folder, _, file = name.rpartition("/")
+        return f"{folder.removesuffix('/__pycache__')}/{file.split('.')[0]}.py"
+
+    return [
+        row
+        for row in rows
+        if row[0] not in gone
+        and not ("/__pycache__/" in row[0] and source(row[0]) in gone)
+    ]
+
+
+def _with(
     rows: list[list[str]], changes: list[Change], extra: list[str]
 ) -> list[list[str]]:
-    """Return RECORD with the changes in it, and more files without a hash."""
-    new = {c.name: c.new for c in changes}
-    gone = {name for name, data in new.items() if data is None}
-    folders = {name.rpartition("/")[0] + "/__pycache__" for name in gone}
-    made = []
-    for row in rows:
-        folder, _, name = row[0].rpartition("/")
-        source = f"{folder.removesuffix('/__pycache__')}/{name.split('.')[0]}.py"
-        if row[0] in gone or (folder in folders and source in gone):
-            continue
-        if (data := new.pop(row[0], None)) is not None:
-            row = [row[0], row_hash(data), str(len(data))]
-        made.append(row)
-    for name, data in new.items():
-        if data is not None:
-            made.append([name, row_hash(data), str(len(data))])
-    return made + [[name, "", ""] for name in extra]
+    """Return RECORD with changed and added files, and more without a hash."""
+    new = {
+        c.name: [c.name, row_hash(c.new), str(len(c.new))]
+        for c in changes
+        if c.new is not None
+    }
+    made = [new.pop(row[0], row) for row in rows]
+    return [*made, *new.values(), *([name, "", ""] for name in extra)]
 
 
 def install(target: Target, changes: list[Change]) -> None:
@@ -352,32 +376,30 @@ def install(target: Target, changes: list[Change]) -> None:
         [(c.name, hash_of(c.old), hash_of(c.new)) for c in changes],
         sorted(folders, reverse=True),
     )
+    rows = read_record(target.record.read_bytes())
     inside = target.place.relative_to(target.root).as_posix()
-    own = [f"{inside}/journal.json", f"{inside}/RECORD"]
-    backup = [f"{inside}/backup/{c.name}" for c in changes if c.old is not None]
-    new = [f"{inside}/new/{c.name}" for c in changes if c.new is not None]
-    before = target.record.read_bytes()
-    rows = read_record(before)
-    mode = target.record.stat().st_mode & 0o777
-    target.place.mkdir()
-    _save(target.kept, before, mode)
-    target.write(journal)
+    extra = [
+        *(f"{inside}/{name}" for name in ("journal.json", "RECORD")),
+        *(f"{inside}/{name}.new" for name in ("journal.json", "RECORD")),
+        *(f"{inside}/backup/{c.name}" for c in changes if c.old is not None),
+        *(f"{inside}/new/{c.name}" for c in changes if c.new is not None),
+    ]
     try:
+        target.place.mkdir()
+        shutil.copy2(target.record, target.kept)
+        target.write(journal)
         # From here to the end pip would uninstall all that is there.
-        _save(target.record, write_record(_rows(rows, changes, own + backup + new)))
+        target.list(_with(rows, changes, extra))
         for change in changes:
             path = target.root / change.name
-            saved = target.place / "backup" / change.name
-            fresh = target.place / "new" / change.name
+            mode = 0o644
             if change.old is not None:
+                mode = path.stat().st_mode & 0o777
+                saved = target.place / "backup" / change.name
                 saved.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, saved, follow_symlinks=False)
             if change.new is not None:
-                fresh.parent.mkdir(parents=True, exist_ok=True)
-                rights = (
-                    path.stat().st_mode & 0o777 if change.old is not None else 0o644
-                )
-                _save(fresh, change.new, rights)
+                _write(target.place / "new" / change.name, change.new, mode)
         for change in changes:
             path = target.root / change.name
             if change.new is None:
@@ -386,10 +408,9 @@ def install(target: Target, changes: list[Change]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             (target.place / "new" / change.name).replace(path)
         _forget_compiled(target, [change.name for change in changes])
-        console.remove(target.place / "new")
-        _save(target.record, write_record(_rows(rows, changes, own + backup)), mode)
         journal.state = "applied"
         target.write(journal)
+        target.settle()
     except BaseException:
         undo(target)
         raise
@@ -427,6 +448,7 @@ def into(release: Release, given: str, back: bool) -> None:
         what = f"{target.name} {target.version}"
         changes = fitting(payload(release), official, release, target.kind, what)
         if journal and journal.series == digest(changes):
+            target.settle()
             say(f"already applied: {len(changes)} files of {where}")
             return
         if journal:

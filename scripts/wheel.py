@@ -104,7 +104,7 @@ def read_record(data: bytes) -> list[list[str]]:
 
 
 def write_record(rows: list[list[str]]) -> bytes:
-    """Return RECORD as pip writes it."""
+    """Return RECORD of rows."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue().encode()
