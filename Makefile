@@ -2,16 +2,18 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help tools apply build python demo test verify export lint rebase status
+.PHONY: wheel install-into upstream
 
 PYTHON3 ?= python3
 export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT ARGS STAGE TO TO_DIR
 export PATCH SINCE FULL JOBS MINUTES
+export UNDO BUMP MACHINE ONTO WITH
 
 RUN := build/tools/bin/python -m scripts
 
 help: ## list the targets
 	@echo 'make TARGET [VARIABLE=value ...]'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
 	@echo 'VLLM=path      work on that clone of vLLM, not on build/vllm'
 	@echo 'RELEASE=tag    another release that pins.toml names'
 	@echo 'PYTHON=path    an interpreter that has this vLLM release already'
@@ -21,6 +23,8 @@ help: ## list the targets
 	@echo 'FULL=1         verify: every test after every patch; JOBS=n at a time, MINUTES=n'
 	@echo 'TO=tag         rebase, status: the release to go to, or TO_DIR=path of a clone'
 	@echo '               rebase: CONTINUE=1 goes on after a conflict, ABORT=1 gives up'
+	@echo 'MACHINE=name   wheel: for x86_64 or aarch64; BUMP=1 gives a changed series a number'
+	@echo 'ONTO=ref       upstream: another branch than main; WITH="0004" what else it needs'
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:
@@ -58,3 +62,12 @@ rebase: tools ## bring the series to another release, TO=
 
 status: tools ## show which patches another release has already
 	@$(RUN).status
+
+wheel: tools ## make a wheel of the patched release and print its path
+	@$(RUN).wheel
+
+install-into: tools ## put the series in the vLLM that PYTHON= has, or out of it: UNDO=1
+	@$(RUN).install
+
+upstream: tools ## make a branch of PATCH=0003 and what it needs on your VLLM= clone's main
+	@$(RUN).upstream

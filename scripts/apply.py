@@ -48,10 +48,11 @@ def open_clone(release: Release) -> tuple[Clone, str]:
             f"{clone.path} has no vLLM {release.tag} (commit {release.commit})",
             f"get it there with `git fetch UPSTREAM tag {release.tag}`",
         )
-    return _own(release)
+    return open_own(release)
 
 
-def _own(release: Release) -> tuple[Clone, str]:
+def open_own(release: Release) -> tuple[Clone, str]:
+    """Return the project's own checkout, made if it is not there; see `open_clone`."""
     ref = f"refs/tags/{release.tag}"
     if (OWN / ".git").is_dir():
         clone = Clone(OWN)

@@ -51,6 +51,9 @@ class Release:
     generated: tuple[str, ...]
     sdist: File
     runtimes: dict[str, Runtime]
+    # The N of the wheel's +gemma4.N, and the digest of the series that it stands for.
+    number: int = 0
+    series: str = ""
 
     @property
     def patches(self) -> Path:
@@ -119,4 +122,6 @@ def load(tag: str = "", given: str = "RELEASE") -> Release:
             for kind in ("cpu", "cuda")
             if kind in pin
         },
+        number=pin.get("wheel", {}).get("number", 0),
+        series=pin.get("wheel", {}).get("series", ""),
     )

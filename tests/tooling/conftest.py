@@ -247,6 +247,7 @@ OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
+    *("UNDO", "BUMP", "MACHINE", "PATCH", "ONTO", "WITH"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
 }
 
