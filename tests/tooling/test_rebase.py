@@ -657,7 +657,7 @@ def saboteur(tmp_path: Path, nth: int, kill: str) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["begin", "continue", "abort"])
-@pytest.mark.parametrize("kill", ["KILL", "INT"])
+@pytest.mark.parametrize("kill", ["KILL", "TERM"])
 def test_interrupted_anywhere(
     filled: Toy, tmp_path: Path, kill: str, verb: str
 ) -> None:
