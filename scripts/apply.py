@@ -361,7 +361,7 @@ def apply(release: Release) -> Clone:
         with console.scratch() as folder:
             commits = series.derive(clone, base, files, folder)
     except series.Conflict as conflict:
-        if console.option("CONTINUE") not in ("1", "yes", "true"):
+        if not console.enabled("CONTINUE"):
             raise
         commits, halt = conflict.good, conflict
     tip = commits[-1] if commits else base

@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -323,9 +322,7 @@ def hook(target: Host, checkout: Path | None, release: Release) -> bool:
         path = site / name
         if not path.exists() or path.read_text() != text:
             changed = True
-            fresh = path.with_name(name + ".new")
-            fresh.write_text(text)
-            fresh.replace(path)
+            console.write(path, text)
     return changed
 
 
@@ -447,7 +444,7 @@ def build(release: Release) -> Host:
         clone = apply(release)
     of_clone = ""
     if console.option("VLLM"):
-        of_clone = "-" + hashlib.sha256(os.fsencode(clone.path)).hexdigest()[:8]
+        of_clone = f"-{clone.key}"
     target = environment(release, clone, of_clone)
     copied = overlay(clone, base, target.wheel)
     changed = hook(target, clone.path, release)

@@ -168,3 +168,15 @@ def _end(line: str, status: int) -> NoReturn:
 def option(name: str) -> str:
     """Return a variable of the Makefile's command line, empty if not given."""
     return os.environ.get(name, "").strip()
+
+
+def enabled(name: str) -> bool:
+    """Return whether a variable of the Makefile's command line is set to yes."""
+    return option(name) in ("1", "yes", "true")
+
+
+def write(path: Path, text: str) -> None:
+    """Put a text in the place of a file: a run that is killed leaves the old one."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)

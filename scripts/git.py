@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """git without the person's settings, hooks and variables in the way."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -102,6 +103,11 @@ class Clone:
         """
         out = _call(self.command(*args), data, environment(**env))
         return out.decode(errors="surrogateescape").rstrip("\n")
+
+    @property
+    def key(self) -> str:
+        """What tells this clone from others in names of files."""
+        return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
 
     def raw(self, commit: str) -> bytes:
         """Return a commit object as git stores it."""

@@ -462,7 +462,7 @@ def into(release: Release, given: str, back: bool) -> None:
 
 def main() -> None:
     """Apply the series to PYTHON's vLLM, or undo that where UNDO=1."""
-    back = console.option("UNDO") in ("1", "yes", "true")
+    back = console.enabled("UNDO")
     with console.lock():
         release = pins.load(console.option("RELEASE"))
         into(release, console.option("PYTHON"), back)

@@ -44,6 +44,17 @@ class Patch:
     added: list[tuple[str, int, str]] = field(default_factory=list)
     lines: int = 0
 
+    @property
+    def title(self) -> str:
+        """The subject without git's "[PATCH]"."""
+        return self.subject.removeprefix("[PATCH] ")
+
+    @property
+    def status(self) -> str:
+        """What the message says of upstream, empty if it says nothing."""
+        said = (row for row in self.body if row.startswith("Upstream-Status:"))
+        return next(said, "").partition(":")[2].strip()
+
 
 def parse(text: str) -> Patch:
     """Take a patch apart.

@@ -8,9 +8,7 @@ was killed goes on where it stopped.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -238,10 +236,7 @@ def load(clone: Clone) -> State | None:
 
 
 def _save(clone: Clone, state: State) -> None:
-    path = _file(clone)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(asdict(state), indent=1))
-    fresh.replace(path)
+    console.write(_file(clone), json.dumps(asdict(state), indent=1))
 
 
 def derive(clone: Clone, release: Release, old: str) -> tuple[list[Path], list[str]]:
@@ -286,7 +281,7 @@ def _begin(clone: Clone, release: Release) -> State:
     fetch.need_space(BUILD, 1 << 29)
     name = f"rebase-{to.name}"
     if console.option("VLLM"):
-        name += "-" + hashlib.sha256(os.fsencode(clone.path)).hexdigest()[:8]
+        name += f"-{clone.key}"
     state = State(
         release=release.tag,
         name=to.name,
@@ -682,8 +677,7 @@ def rebase() -> None:
     Raises:
         Failure: a person is needed; nothing is lost.
     """
-    on = ("1", "yes", "true")
-    go_on, give_up = (console.option(name) in on for name in ("CONTINUE", "ABORT"))
+    go_on, give_up = console.enabled("CONTINUE"), console.enabled("ABORT")
     release = pins.load(console.option("RELEASE"))
     clone = checkout()
     state = load(clone)

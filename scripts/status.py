@@ -8,6 +8,7 @@ from pathlib import Path
 from scripts import console, pins, rebase
 from scripts.console import Failure, say
 from scripts.git import Clone, GitError, Scratch
+from scripts.lint import parse
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ def status() -> None:
     files, commits = rebase.derive(clone, release, rebase.base(clone, release))
     rows = [[path.name] for path in files]
     for path, row in zip(files, rows, strict=True):
-        said = re.search(r"(?m)^Upstream-Status: (.*)$", path.read_text())
-        row.append(said[1] if said else "")
+        row.append(parse(path.read_bytes().decode(errors="replace")).status)
     for to in targets:
         with console.scratch() as folder:
             answers = taken(clone, commits, to.commit, folder)

@@ -135,8 +135,7 @@ def _file(clone: Clone, commit: str, name: str) -> str:
 
 def _words(clone: Clone, base: str) -> set[str]:
     """Return every word of a commit's Python files."""
-    rows = clone("ls-tree", "-r", "-z", base).split("\0")[:-1]
-    blobs = [row.split()[2] for row in rows if row.endswith(".py")]
+    blobs = [blob for name, blob in clone.blobs(base).items() if name.endswith(".py")]
     said = clone("cat-file", "--batch", data="\n".join(blobs).encode())
     return set(re.findall(r"\w+", said))
 
@@ -221,14 +220,13 @@ def onto(clone: Clone) -> tuple[str, str]:
 def message(patch: Patch, who: str) -> str:
     """Return the commit message to submit: no status of ours, and a sign-off."""
     body = [row for row in patch.body if not row.startswith("Upstream-Status:")]
-    title = patch.subject.removeprefix("[PATCH] ")
     text = "\n".join(body).strip()
     last = text.rpartition("\n\n")[2]
     # Trailers that are there are one paragraph with it.
     joint = "\n" if re.fullmatch(r"([A-Z][\w-]+: .+\n?)+", last) else "\n\n"
     if last.startswith(SECTIONS):
         joint = "\n\n"
-    return f"{title}\n\n{text}{joint}Signed-off-by: {who}\n"
+    return f"{patch.title}\n\n{text}{joint}Signed-off-by: {who}\n"
 
 
 def parts(patch: Patch) -> dict[str, str]:
@@ -393,11 +391,10 @@ def prepare(
             )
             last = made.decode().strip()
             commits.append(last)
-    title = patch.subject.removeprefix("[PATCH] ")
-    stem = re.sub(r"\[[^]]*\]", "", title).strip().lower()
+    stem = re.sub(r"\[[^]]*\]", "", patch.title).strip().lower()
     slug = textwrap.shorten(re.sub(r"[^a-z0-9]+", " ", stem), 36, placeholder="")
     branch = f"gemma4-{files[number].name[:4]} {slug}".strip().replace(" ", "-")
-    return Work(kept, commits, title, branch)
+    return Work(kept, commits, patch.title, branch)
 
 
 def _workshop(folder: Path, clone: Clone, own: Clone, start: str) -> Clone:
@@ -526,7 +523,7 @@ def upstream(release: Release, given: str, wanted: str) -> None:
             f"`git -C {shlex.quote(str(clone.path))} branch -m {work.branch} "
             f"{work.branch}-old`",
         )
-    go_on = console.option("CONTINUE") in ("1", "yes", "true")
+    go_on = console.enabled("CONTINUE")
     if go_on and work.tree.exists():
         raise Failure(
             f"{show(work.tree)} is there from an earlier run",
@@ -581,7 +578,7 @@ def upstream(release: Release, given: str, wanted: str) -> None:
 
 def _write_text(work: Work, template: str, taken: list[Path]) -> None:
     patches = [parse(p.read_bytes().decode()) for p in work.files if p not in taken]
-    needs = [f'"{patch.subject.removeprefix("[PATCH] ")}"' for patch in patches[:-1]]
+    needs = [f'"{patch.title}"' for patch in patches[:-1]]
     work.place.mkdir(parents=True, exist_ok=True)
     text = body(template, work.title, parts(patches[-1]), needs)
     (work.place / "body.md").write_text(text)

@@ -94,13 +94,6 @@ class Step:
     def name(self) -> str:
         return f"{self.number:04}"
 
-    @property
-    def status(self) -> str:
-        for row in self.patch.body:
-            if row.startswith("Upstream-Status:"):
-                return row.partition(":")[2].strip()
-        return "none"
-
 
 class State:
     """What a commit holds.
@@ -213,10 +206,7 @@ class Store:
             known[:] = [r for r in known if r.tree != result.tree][: KEEP - 1]
             known.insert(0, result)
             rows = [asdict(r) for r in known if r.keep]
-            file = self._file(what)
-            fresh = file.with_suffix(".new")
-            fresh.write_text(json.dumps(rows))
-            fresh.replace(file)
+            console.write(self._file(what), json.dumps(rows))
 
     def guess(self, what: str) -> float | None:
         """Return how long a check took last, None if it never ran."""
@@ -487,7 +477,7 @@ class Verifier:
         step = check.step
         blobs = self.state(step.after).blobs
         modules = [
-            re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
+            _module(name)
             for name in dict.fromkeys(step.patch.files)
             if name.startswith("vllm/") and name.endswith(".py") and name in blobs
         ]
@@ -525,11 +515,7 @@ class Verifier:
         except GitError:
             return []
         names = [line.partition(":")[2] for line in said.splitlines()]
-        return [
-            re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
-            for name in names
-            if not name.endswith("/__main__.py")
-        ]
+        return [_module(name) for name in names if not name.endswith("/__main__.py")]
 
     def _modules(
         self, slot: Slot, commit: str, modules: list[str], stem: str
@@ -604,6 +590,11 @@ class Verifier:
 
 def _hash(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()
+
+
+def _module(name: str) -> str:
+    """Return the module that a file is."""
+    return re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
 
 
 def _stem(file: str) -> str:
@@ -1004,7 +995,7 @@ def table(
             texts[False],
             shown,
             f"{seconds:.0f}",
-            step.status,
+            step.patch.status or "none",
         )
     return rows
 
@@ -1068,7 +1059,7 @@ def main() -> None:
             more["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
         logs = BUILD / "reports" / folder.name
         logs.mkdir(parents=True, exist_ok=True)
-        full = console.option("FULL") in ("1", "yes", "true")
+        full = console.enabled("FULL")
         store = Store(folder / "results", keys(target, release), full)
         verifier = Verifier(clone, target, store, more, logs)
         listed = checks(made)

@@ -27,7 +27,7 @@ from scripts.apply import open_clone
 from scripts.build import device
 from scripts.console import BUILD, ROOT, Failure, say, show
 from scripts.git import Scratch
-from scripts.lint import ASIDE
+from scripts.lint import ASIDE, parse
 from scripts.pins import File, Release
 
 OUT = BUILD / "wheels"
@@ -177,9 +177,7 @@ def number(release: Release, changes: list[Change], bump: bool) -> int:
         own["wheel"].update(table)
     else:
         own.add("wheel", table)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(tomlkit.dumps(text), encoding="utf-8")
-    fresh.replace(path)
+    console.write(path, tomlkit.dumps(text))
     say(f"pins.toml: {release.tag} is at +gemma4.{release.number + 1} now")
     return release.number + 1
 
@@ -347,11 +345,8 @@ def _copy(source: ZipFile, entry: ZipInfo, out: ZipFile, name: str) -> None:
 
 def titles(release: Release) -> list[str]:
     """Return each patch of a release as its number and title."""
-    from scripts.lint import parse
-
     return [
-        f"{path.name[:4]} "
-        + parse(path.read_bytes().decode()).subject.removeprefix("[PATCH] ")
+        f"{path.name[:4]} {parse(path.read_bytes().decode()).title}"
         for path in series.patches(release.patches)
     ]
 
@@ -407,7 +402,7 @@ def main() -> None:
     """Make a wheel and print its path."""
     release = pins.load(console.option("RELEASE"))
     machine = console.option("MACHINE") or platform.machine()
-    bump = console.option("BUMP") in ("1", "yes", "true")
+    bump = console.enabled("BUMP")
     with console.lock():
         made = wheel(release, device(), machine, bump)
     print(made)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A toy project on a toy vLLM: the same scripts, seconds instead of minutes."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -214,6 +216,38 @@ class Toy:
     def head(self, at: Path | None = None) -> str:
         return self.git("rev-parse", "HEAD", at=at)
 
+    def repository(self, path: Path, files: dict[str, str], title: str) -> None:
+        """Make a repository of one commit at a folder that is not there yet."""
+        path.mkdir()
+        self.git("init", "-q", "-b", "main", at=path)
+        for name, text in files.items():
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(text)
+        self.git("add", "-A", at=path)
+        self.git("commit", "-q", "-m", title, at=path)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Another make command of this project."""
+        holder = subprocess.Popen(
+            [
+                *(sys.executable, "-c"),
+                "import time; from scripts import console\n"
+                "with console.lock(): print(1, flush=True); time.sleep(60)",
+            ],
+            cwd=self.root,
+            stdout=subprocess.PIPE,
+        )
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+            time.sleep(0.1)
+
     def reset(self) -> None:
         """Forget the checkout."""
         shutil.rmtree(self.own)
@@ -247,7 +281,7 @@ OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
-    *("UNDO", "BUMP", "MACHINE", "PATCH", "ONTO", "WITH"),
+    *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
 }
 
@@ -264,6 +298,12 @@ def make_toy(base: Path) -> Toy:
     toy = Toy(root, home)
     release(toy, TAG, TREE)
     return toy
+
+
+def copied(base: Path, tmp_path: Path) -> Toy:
+    """Copy what a toy was made in."""
+    shutil.copytree(base, tmp_path / "copy", symlinks=True)
+    return Toy(tmp_path / "copy" / "project dïr", tmp_path / "copy" / "home")
 
 
 @pytest.fixture
@@ -283,21 +323,14 @@ def _filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def filled(_filled: Path, tmp_path: Path) -> Toy:
     """A project with three patches, applied."""
-    shutil.copytree(_filled, tmp_path / "copy", symlinks=True)
-    return Toy(tmp_path / "copy" / "project dïr", tmp_path / "copy" / "home")
+    return copied(_filled, tmp_path)
 
 
 @pytest.fixture
 def clone(filled: Toy, tmp_path: Path) -> Path:
     """A person's own clone of the toy upstream, at a later commit."""
     path = tmp_path / "their clone"
-    path.mkdir()
-    filled.git("init", "-q", "-b", "main", at=path)
-    for name, text in TREE.items():
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_text(text)
-    filled.git("add", "-A", at=path)
-    filled.git("commit", "-q", "-m", "release", at=path)
+    filled.repository(path, TREE, "release")
     filled.git("tag", TAG, at=path)
     pins = filled.root / "pins.toml"
     pins.write_text(pins.read_text().replace("0000000", filled.head(path)[:9]))

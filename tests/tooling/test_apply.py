@@ -4,9 +4,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -442,22 +439,6 @@ def test_killed_while_files_change(
 
 
 def test_two_at_once(filled: Toy) -> None:
-    holder = subprocess.Popen(
-        [
-            *(sys.executable, "-c"),
-            "import time; from scripts import console\n"
-            "with console.lock(): print(1, flush=True); time.sleep(60)",
-        ],
-        cwd=filled.root,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    try:
+    with filled.at_work():
         assert "another make command is at work" in filled.fails("apply")
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-    time.sleep(0.1)
     filled.run("apply")

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -722,25 +721,9 @@ def test_interrupted_anywhere(
 
 def test_two_at_once(filled: Toy) -> None:
     upstream(filled)
-    holder = subprocess.Popen(
-        [
-            *(sys.executable, "-c"),
-            "import time; from scripts import console\n"
-            "with console.lock(): print(1, flush=True); time.sleep(60)",
-        ],
-        cwd=filled.root,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    try:
+    with filled.at_work():
         line = filled.fails("rebase", TO=NEW)
         assert "another make command is at work" in line
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-    time.sleep(0.1)
     filled.run("rebase", TO=NEW)
 
 

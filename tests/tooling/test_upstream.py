@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from conftest import TREE, Toy, make_toy
+from conftest import TREE, Toy, copied, make_toy
 from test_apply import saboteur
 
 from scripts.git import EMAIL, NAME
@@ -56,13 +56,8 @@ def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = re.sub("(?m)^From: .*", f"From: {NAME} <{EMAIL}>", path.read_text())
         path.write_text(text)
     main = base / "their main"
-    main.mkdir()
-    toy.git("init", "-q", "-b", "main", at=main)
-    for name, text in (TREE | {".github/PULL_REQUEST_TEMPLATE.md": TEMPLATE}).items():
-        (main / name).parent.mkdir(exist_ok=True)
-        (main / name).write_text(text)
-    toy.git("add", "-A", at=main)
-    toy.git("commit", "-q", "-m", "upstream", at=main)
+    files = TREE | {".github/PULL_REQUEST_TEMPLATE.md": TEMPLATE}
+    toy.repository(main, files, "upstream")
     toy.change("vllm/a.py", "a0 = 0\n", "a0 = 1\n", "later", at=main)
     toy.git("config", "user.name", "Ada", at=main)
     toy.git("config", "user.email", "ada@example.invalid", at=main)
@@ -71,8 +66,7 @@ def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(_base: Path, tmp_path: Path) -> Toy:
-    shutil.copytree(_base, tmp_path / "copy", symlinks=True)
-    return Toy(tmp_path / "copy" / "project dïr", tmp_path / "copy" / "home")
+    return copied(_base, tmp_path)
 
 
 @pytest.fixture

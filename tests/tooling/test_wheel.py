@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Toy
+from conftest import Toy, copied, make_toy
 from toy_wheel import ask, environment, official, pin, pip, series, site, wrong_rows
 
 NAMES = {
@@ -23,8 +23,6 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import make_toy
-
     base = tmp_path_factory.mktemp("wheels")
     toy = make_toy(base)
     pin(toy)
@@ -35,8 +33,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(_made: Path, tmp_path: Path) -> Toy:
     """A project with a series for the wheels, which has no number yet."""
-    shutil.copytree(_made, tmp_path / "copy", symlinks=True)
-    return Toy(tmp_path / "copy" / "project dïr", tmp_path / "copy" / "home")
+    return copied(_made, tmp_path)
 
 
 def make(toy: Toy, kind: str = "cpu", **env: str) -> Path:
