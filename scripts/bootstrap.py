@@ -49,7 +49,7 @@ def main() -> int:
         python = TOOLS / "bin" / "python"
         for command in (
             [sys.executable, "-m", "venv", str(TOOLS)],
-            [str(python), "-m", "pip", "install", "--no-input", *groups["tools"]],
+            [str(python), "-m", "pip", "install", "-q", "--no-input", *groups["tools"]],
         ):
             with LOG.open("wb") as log:
                 done = subprocess.run(command, stdout=log, stderr=log)
