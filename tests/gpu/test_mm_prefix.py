@@ -40,7 +40,7 @@ def answers(checkpoint: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for backend in ("FLASH_ATTN", "TRITON_ATTN"):
         out = checkpoint.with_name(f"{backend}.json")
-        command = [str(Path(__file__).with_name("driver.py")), str(checkpoint)]
+        command = [str(Path(__file__).with_name("soak_driver.py")), str(checkpoint)]
         subprocess.run(
             [sys.executable, *command, str(out), backend, "float16"],
             env={
@@ -56,7 +56,7 @@ def answers(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 def errors(checkpoint: Path, answers: list[dict[str, Any]]) -> list[np.ndarray]:
     """How far each answer's log probabilities are from Hugging Face's in float32."""
-    from driver import requests
+    from soak_driver import requests
     from reference import Reference
 
     reference = Reference(checkpoint, torch.device("cuda"))

@@ -2,7 +2,7 @@
 """Answer many mixed requests with one engine and write down tokens and candidates.
 
 Run as a script, in a process of its own for each attention backend:
-``driver.py CHECKPOINT OUT.json BACKEND DTYPE [--requests N]``.
+``soak_driver.py CHECKPOINT OUT.json BACKEND DTYPE [--requests N]``.
 """
 
 from __future__ import annotations
