@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifying a toy series, and each thing that can be wrong with one."""
 
+import functools
 import os
 import re
 import shutil
@@ -398,6 +399,8 @@ def test_interrupt(project: Project, sent: signal.Signals, tmp_path: Path) -> No
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background jobs, and so their children, ignore SIGINT.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as running:
         for _ in range(1200):
             if pid.exists() and pid.read_text():
@@ -405,7 +408,10 @@ def test_interrupt(project: Project, sent: signal.Signals, tmp_path: Path) -> No
             time.sleep(0.1)
         running.send_signal(sent)
         if sent != signal.SIGKILL:
-            _, said = running.communicate(timeout=30)
+            try:
+                _, said = running.communicate(timeout=30)
+            finally:
+                running.kill()  # or leaving waits for it
             assert said.splitlines()[-1].startswith("interrupted: nothing is lost")
             assert running.returncode == 130
     first = int(pid.read_text())
