@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import tomllib
 from pathlib import Path
@@ -60,10 +59,9 @@ def unpatched_tree() -> Path:
     with tempfile.TemporaryDirectory(dir=tree.parent) as temporary:
         partial = Path(temporary) / "tree"
         partial.mkdir()
-        archive = Path(temporary) / "vllm.tar"
+        archive = Path(temporary) / "vllm.zip"
         subprocess.run([*git, "archive", "-o", archive, tag, "vllm"], check=True)
-        with tarfile.open(archive) as files:
-            files.extractall(partial, filter="data")
+        shutil.unpack_archive(archive, partial)
         # What the wheel has and git has not: compiled or made by the build. The CPU
         # kernels of the wheel also want its own form of one module.
         linked = [

@@ -37,29 +37,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """What each backend's engine answered to the same requests."""
-    found = {}
+    running = {}
     for backend in ("FLASH_ATTN", "TRITON_ATTN"):
         out = checkpoint.with_name(f"{backend}.json")
         command = [str(Path(__file__).with_name("soak_driver.py")), str(checkpoint)]
-        subprocess.run(
+        running[out] = subprocess.Popen(
             [sys.executable, *command, str(out), backend, "float16"],
             env={
                 **os.environ,
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{os.getenv('PYTHONPATH', '')}",
             },
-            check=True,
-            timeout=900,
         )
-        found[backend] = json.loads(out.read_text())
-    return found
+    try:
+        assert [one.wait(timeout=900) for one in running.values()] == [0, 0]
+    finally:
+        for one in running.values():
+            one.kill()
+    return {out.stem: json.loads(out.read_text()) for out in running}
 
 
-def errors(checkpoint: Path, answers: list[dict[str, Any]]) -> list[np.ndarray]:
+def errors(reference: Any, answers: list[dict[str, Any]]) -> list[np.ndarray]:
     """How far each answer's log probabilities are from Hugging Face's in float32."""
     from soak_driver import requests
-    from reference import Reference
 
-    reference = Reference(checkpoint, torch.device("cuda"))
     config = reference.model.config
     placeholders = config.image_token_id, config.video_token_id, config.audio_token_id
     found = []
@@ -83,15 +83,19 @@ def test_soak(checkpoint: Path, answers: dict[str, dict[str, Any]]) -> None:
     and at the worst token. At a tie both engines hold the two tokens for as good as
     equal: no further apart than rounding moves two probabilities. Each is printed.
     """
+    from reference import Reference
+
     flash, triton = answers["FLASH_ATTN"], answers["TRITON_ATTN"]
     assert all(name.startswith("FLASH_ATTN") for name in flash["backends"])
     assert all(name.startswith("TRITON_ATTN") for name in triton["backends"])
     assert len(flash["answers"]) >= 500
     print(f"\n{flash['backends']} against {triton['backends']}")
 
+    # Where both engines say the same it is asked once.
+    reference = Reference(checkpoint, torch.device("cuda"))
     summary = {}
     for name, run in (("FlashAttention", flash), ("Triton", triton)):
-        found = errors(checkpoint, run["answers"])
+        found = errors(reference, run["answers"])
         every = np.concatenate(found)
         worst = max(float(request.mean()) for request in found)
         summary[name] = np.sqrt(np.mean(every**2)), worst, every.max()
