@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -51,24 +53,27 @@ class Reference:
             parts["image"] = dataclasses.replace(example, video=None)
         if example.video is not None:
             parts["video"] = example
-        # Given this way as forward() does not hand on a video's frame count.
-        encoded = {
-            modality: BaseModelOutputWithPooling(
-                pooler_output=tuple(self.features(part))
-            )
-            for modality, part in parts.items()
-        }
         ids = torch.tensor([token_ids], device=self.model.device)
         # What the processor gives for a prompt: images and video frames attend both
         # ways in checkpoints that say so.
         types = (ids == self.model.config.image_token_id).long()
         types += 2 * (ids == self.model.config.video_token_id).long()
-        with torch.inference_mode():
+        inputs: dict[str, torch.Tensor] = {}
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            # In place of what forward() would compute: it does not hand on a video's
+            # frame count, and takes features itself only since Transformers 5.18.
+            for modality, part in parts.items():
+                features = tuple(self.features(part))
+                patched = mock.patch.object(
+                    self.model.model,
+                    f"get_{modality}_features",
+                    return_value=BaseModelOutputWithPooling(pooler_output=features),
+                )
+                stack.enter_context(patched)
+                name = "pixel_values" if modality == "image" else "pixel_values_videos"
+                inputs[name] = torch.empty(0)
             logits = self.model(
-                input_ids=ids,
-                mm_token_type_ids=types,
-                mm_encoder_outputs=encoded or None,
-                use_cache=False,
+                input_ids=ids, mm_token_type_ids=types, use_cache=False, **inputs
             ).logits
         return self._known.setdefault(key, logits[0, :-1].float().log_softmax(-1))
 
