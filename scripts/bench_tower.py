@@ -53,7 +53,7 @@ FORMS = {  # of the patched tree
     "eager": "as vLLM runs it if it is told nothing",
     "compiled": "compile_mm_encoder",
     "captured": "compile_mm_encoder and cudagraph_mm_encoder",
-    "fp8": "compiled, linear layers quantized to FP8 when loaded",
+    "fp8": "compiled, linear layers quantized to FP8 when loaded (E2B's only)",
     "tp2": "compiled, weights shared by two GPUs",
     "data2": "compiled, images shared by two GPUs",
 }
@@ -110,7 +110,8 @@ class Encoder:
     """Records what a vLLM worker hands to its encoder, to give it again and again."""
 
     def __init__(self, worker: Any, form: str) -> None:
-        self.owner, self.method = worker.get_model(), "embed_multimodal"
+        self.model = worker.get_model()
+        self.owner, self.method = self.model, "embed_multimodal"
         if form == "captured":
             from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
 
@@ -118,6 +119,11 @@ class Encoder:
         self.calls: list[Callable[[], Any]] = []
         self.features: list[Any] = []
         self.compiled = self._compilations()
+
+    def is_quantized(self) -> bool:
+        layer = self.model.vision_tower.encoder.layers[0]
+        size: int = layer.mlp.down_proj.weight.dtype.itemsize
+        return size == 1
 
     @staticmethod
     def _compilations() -> int:
@@ -259,6 +265,9 @@ class Engine:
             arguments["mm_encoder_tp_mode"] = mode
         self.llm = LLM(**arguments)
         self.llm.collective_rpc(_attach, args=(form,))
+        if form == "fp8" and not all(self.ask("is_quantized")):
+            # vLLM wants sizes that are multiples of 64, and 26B's MLP has 4304.
+            raise RuntimeError("vLLM left this tower unquantized: try --kind e2b")
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         results: list[Any] = self.llm.collective_rpc(_ask, args=(method, *arguments))
