@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ FORMS = {  # of the patched tree
     "eager": "as vLLM runs it if it is told nothing",
     "compiled": "compile_mm_encoder",
     "captured": "compile_mm_encoder and cudagraph_mm_encoder",
-    "fp8": "compiled, linear layers quantized to FP8 when loaded (E2B's only)",
+    "fp8": "compiled, linear layers in FP8, a scale a channel and token",
     "tp2": "compiled, weights shared by two GPUs",
     "data2": "compiled, images shared by two GPUs",
 }
@@ -104,6 +105,42 @@ def _peak_rss() -> Callable[[], float]:
         return int(fields["VmHWM"].split()[0]) / 1024
 
     return read
+
+
+def quantize(checkpoint: Path) -> Path:
+    """Write a copy of ``checkpoint`` with FP8 linear layers in the tower's encoder.
+
+    In the format of compressed-tensors: vLLM itself quantizes only towers whose sizes
+    are multiples of 64, and 26B's MLP has 4304.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target = checkpoint.with_name(f"{checkpoint.name}-fp8")
+    shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in list(tensors):
+        if not re.search(r"vision_tower\.encoder\..*_proj\.linear\.weight$", name):
+            continue
+        weight = tensors[name].float()
+        scale = weight.abs().amax(dim=1, keepdim=True) / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    numbers = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": [r"re:.*vision_tower\.encoder\..*_proj"],
+        "weights": numbers | {"strategy": "channel", "dynamic": False},
+        "input_activations": numbers | {"strategy": "token", "dynamic": True},
+    }
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    return target
 
 
 class Encoder:
@@ -257,8 +294,6 @@ class Engine:
                 "compile_mm_encoder": True,
                 "cudagraph_mm_encoder": form == "captured",
             }
-        if form == "fp8":
-            arguments["quantization"] = "fp8"
         if form in ("tp2", "data2"):
             arguments["tensor_parallel_size"] = 2
             mode = "data" if form == "data2" else "weights"
@@ -266,8 +301,7 @@ class Engine:
         self.llm = LLM(**arguments)
         self.llm.collective_rpc(_attach, args=(form,))
         if form == "fp8" and not all(self.ask("is_quantized")):
-            # vLLM wants sizes that are multiples of 64, and 26B's MLP has 4304.
-            raise RuntimeError("vLLM left this tower unquantized: try --kind e2b")
+            raise RuntimeError("vLLM left this tower unquantized")
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         results: list[Any] = self.llm.collective_rpc(_ask, args=(method, *arguments))
@@ -385,7 +419,8 @@ def _processes(
             print(f"starting the {name} engine ...", flush=True)
             begin = time.perf_counter()
             form = name if name in FORMS else "eager"
-            processes[name] = Process(log, checkpoint, dtype, tree, form, images)
+            own = quantize(checkpoint) if form == "fp8" else checkpoint
+            processes[name] = Process(log, own, dtype, tree, form, images)
             stack.callback(processes[name].stop)
             # One after the other: their loading would fight for the cores.
             where = processes[name].answer()
