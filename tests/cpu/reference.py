@@ -53,6 +53,12 @@ class Reference:
             parts["image"] = dataclasses.replace(example, video=None)
         if example.video is not None:
             parts["video"] = example
+        encoded = {
+            modality: BaseModelOutputWithPooling(
+                pooler_output=tuple(self.features(part))
+            )
+            for modality, part in parts.items()
+        }
         ids = torch.tensor([token_ids], device=self.model.device)
         # What the processor gives for a prompt: images and video frames attend both
         # ways in checkpoints that say so.
@@ -62,13 +68,9 @@ class Reference:
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             # In place of what forward() would compute: it does not hand on a video's
             # frame count, and takes features itself only since Transformers 5.18.
-            for modality, part in parts.items():
-                features = tuple(self.features(part))
-                patched = mock.patch.object(
-                    self.model.model,
-                    f"get_{modality}_features",
-                    return_value=BaseModelOutputWithPooling(pooler_output=features),
-                )
+            for modality, output in encoded.items():
+                name = f"get_{modality}_features"
+                patched = mock.patch.object(self.model.model, name, return_value=output)
                 stack.enter_context(patched)
                 name = "pixel_values" if modality == "image" else "pixel_values_videos"
                 inputs[name] = torch.empty(0)
