@@ -117,7 +117,8 @@ def quantize(checkpoint: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     target = checkpoint.with_name(f"{checkpoint.name}-fp8")
-    shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+    written = shutil.ignore_patterns("model.safetensors", "config.json")
+    shutil.copytree(checkpoint, target, ignore=written, dirs_exist_ok=True)
     tensors = load_file(checkpoint / "model.safetensors")
     for name in list(tensors):
         if not re.search(r"vision_tower\.encoder\..*_proj\.linear\.weight$", name):

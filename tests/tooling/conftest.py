@@ -424,3 +424,28 @@ def index(toy: Toy) -> Iterator[Index]:
     yield state
     server.shutdown()
     server.server_close()
+
+
+def saboteur(tmp_path: Path, nth: int, kill: str, first: str) -> Path:
+    """Put a git in the way that ends its caller at the nth call.
+
+    Args:
+        tmp_path: Where to make the returned folder, for PATH. A file ``hit`` in it
+            says that there was an nth call.
+        nth: Counted from 1.
+        kill: The signal's name.
+        first: What the shell does before it, ``"$git" "$@"`` being the call.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    for name in ("n", "hit"):
+        (folder / name).unlink(missing_ok=True)
+    script = folder / "git"
+    script.write_text(
+        f'#!/bin/bash\ngit="{shutil.which("git")}"\necho >> "{folder}/n"\n'
+        f'if [ "$(wc -l < "{folder}/n")" -eq {nth} ]; then\n'
+        f'  touch "{folder}/hit"; {first}; kill -{kill} $PPID; sleep 1; exit 1\nfi\n'
+        'exec "$git" "$@"\n'
+    )
+    script.chmod(0o755)
+    return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BRANCH, TAG, Toy
+from conftest import BRANCH, TAG, Toy, saboteur
 
 ATTEMPTS = list(range(1, 60, 5))
 
@@ -361,24 +361,6 @@ def test_index_lock_of_another_git(filled: Toy, clone: Path) -> None:
 # Interrupts.
 
 
-def saboteur(toy: Toy, tmp_path: Path, nth: int, kill: str, when: str) -> Path:
-    """Put a git in the way that ends its caller at the nth call."""
-    real = shutil.which("git")
-    folder = tmp_path / "bin"
-    folder.mkdir(exist_ok=True)
-    (folder / "n").unlink(missing_ok=True)
-    script = folder / "git"
-    after = "" if when == "before" else f'"{real}" "$@"; '
-    script.write_text(
-        f'#!/bin/sh\necho >> "{folder}/n"\n'
-        f'if [ "$(wc -l < "{folder}/n")" -eq {nth} ]; then\n'
-        f'  touch "{folder}/hit"; {after}kill -{kill} $PPID; sleep 1; exit 1\nfi\n'
-        f'exec "{real}" "$@"\n'
-    )
-    script.chmod(0o755)
-    return folder
-
-
 @pytest.mark.parametrize("kill", ["KILL", "TERM", "INT"])
 def test_interrupted_anywhere(filled: Toy, tmp_path: Path, kill: str) -> None:
     filled.reset()
@@ -386,8 +368,7 @@ def test_interrupted_anywhere(filled: Toy, tmp_path: Path, kill: str) -> None:
     wanted = filled.head()
     for nth in ATTEMPTS:
         filled.reset()
-        folder = saboteur(filled, tmp_path, nth, kill, "after" if nth % 2 else "before")
-        (folder / "hit").unlink(missing_ok=True)
+        folder = saboteur(tmp_path, nth, kill, '"$git" "$@"' if nth % 2 else ":")
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         done = filled.run("apply", ok=None, PATH=path)
         if not (folder / "hit").exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BRANCH, TAG, TREE, Toy, release
+from conftest import BRANCH, TAG, TREE, Toy, release, saboteur
 
 NEW = "v1.1.0"
 NEW_BRANCH = f"gemma4/{NEW}"
@@ -631,30 +631,6 @@ def test_to_a_commit_of_a_clone(filled: Toy, theirs: Path, how: str) -> None:
 # Interrupts.
 
 
-def saboteur(tmp_path: Path, nth: int, kill: str) -> Path:
-    """Put a git in the way that ends its caller at the nth call."""
-    real = shutil.which("git")
-    folder = tmp_path / "bin"
-    folder.mkdir(exist_ok=True)
-    (folder / "n").unlink(missing_ok=True)
-    (folder / "hit").unlink(missing_ok=True)
-    # Before the call, after it, and while it runs.
-    then = {
-        0: "",
-        1: f'"{real}" "$@" >/dev/null 2>&1; ',
-        2: f'"{real}" "$@" >/dev/null 2>&1 & sleep 0.002; kill -9 $!; wait; ',
-    }[nth % 3]
-    script = folder / "git"
-    script.write_text(
-        f'#!/bin/bash\necho >> "{folder}/n"\n'
-        f'if [ "$(wc -l < "{folder}/n")" -eq {nth} ]; then\n'
-        f'  touch "{folder}/hit"; {then}kill -{kill} $PPID; sleep 1; exit 1\nfi\n'
-        f'exec "{real}" "$@"\n'
-    )
-    script.chmod(0o755)
-    return folder
-
-
 @pytest.mark.parametrize("verb", ["begin", "continue", "abort"])
 @pytest.mark.parametrize("kill", ["KILL", "TERM"])
 def test_interrupted_anywhere(
@@ -688,7 +664,13 @@ def test_interrupted_anywhere(
     while True:
         shutil.rmtree(filled.root / "build")
         shutil.copytree(pristine, filled.root / "build", symlinks=True)
-        folder = saboteur(tmp_path, nth, kill)
+        # Before the call, after it, and while it runs.
+        first = {
+            0: ":",
+            1: '"$git" "$@" >/dev/null 2>&1',
+            2: '"$git" "$@" >/dev/null 2>&1 & sleep 0.002; kill -9 $!; wait',
+        }[nth % 3]
+        folder = saboteur(tmp_path, nth, kill, first)
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         done = filled.run("rebase", ok=None, PATH=path, **env)
         if not (folder / "hit").exists():

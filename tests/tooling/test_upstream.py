@@ -9,8 +9,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from conftest import TREE, Toy, copied, make_toy
-from test_apply import saboteur
+from conftest import TREE, Toy, copied, make_toy, saboteur
 
 from scripts.git import EMAIL, NAME
 
@@ -333,9 +332,7 @@ def test_interrupted_anywhere(
 ) -> None:
     before = state(project, main)
     for nth in range(3, 400, 9):
-        when = "after" if nth % 2 else "before"
-        folder = saboteur(project, tmp_path, nth, kill, when)
-        (folder / "hit").unlink(missing_ok=True)
+        folder = saboteur(tmp_path, nth, kill, '"$git" "$@"' if nth % 2 else ":")
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         project.run("upstream", ok=None, PATH=path, VLLM=str(main), PATCH="4")
         if not (folder / "hit").exists():
