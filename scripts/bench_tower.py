@@ -436,8 +436,9 @@ def measure(
     """Measure one batch by turns; return one record for each tree.
 
     A record has the times in seconds, their median and quartiles, the largest
-    memory of a run in MiB above what was used before it, and the largest difference
-    of the features from the unpatched tree's.
+    memory of a run in MiB above what was used before it, and of the features'
+    difference from the unpatched tree's the largest and, by the root of the mean
+    square, that relative to the features.
     """
     prepared = {}
     for name, process in processes.items():
@@ -456,6 +457,7 @@ def measure(
         seconds = sorted(run["seconds"] for run in runs)
         low, median, high = np.percentile(seconds, [25, 50, 75])
         features = np.load(directory / f"{name}.npy")
+        difference = features - before
         records.append(
             {
                 "batch": batch,
@@ -466,7 +468,8 @@ def measure(
                 "quartiles": [float(low), float(high)],
                 "mib": max(run["mib"] for run in runs),
                 "peak_mib": max(run["peak_mib"] for run in runs),
-                "difference": float(np.abs(features - before).max()),
+                "difference": float(np.abs(difference).max()),
+                "relative": float(np.sqrt(np.mean(difference**2) / np.mean(before**2))),
                 "seconds": [run["seconds"] for run in runs],
             }
         )
@@ -550,7 +553,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             print(
                 f"{'batch':<15} {'tree':<10} {'median ms':>10} {'quartiles':>19}"
-                f" {'MiB':>7} {'off by':>8} {'gain':>7}"
+                f" {'MiB':>7} {'off by':>8} {'or':>6} {'gain':>7}"
             )
             for batch in chosen:
                 records = measure(processes, batch, repeat, Path(directory))
@@ -561,6 +564,7 @@ def main(argv: list[str] | None = None) -> int:
                         f" {1e3 * record['median']:>10.1f}"
                         f" {low:>9.1f}-{high:<9.1f}"
                         f" {record['mib']:>7.0f} {record['difference']:>8.1e}"
+                        f" {record['relative']:>6.2%}"
                         f" {records[0]['median'] / record['median']:>6.2f}x",
                         flush=True,
                     )
