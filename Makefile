@@ -2,7 +2,7 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help tools apply build python demo test verify export lint rebase status
-.PHONY: wheel install-into upstream bench bench-cpu
+.PHONY: wheel install-into upstream bench bench-cpu report
 
 PYTHON3 ?= python3
 export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT ARGS STAGE TO TO_DIR
@@ -54,6 +54,10 @@ bench: tools ## measure the release and the patched tree on this GPU
 
 bench-cpu: tools ## measure what needs no GPU
 	@$(RUN).bench cpu
+
+report: tools ## write docs/benchmarks.md from what was measured, or of RESULTS=
+	@$(PYTHON3) scripts/bootstrap.py report
+	@build/report/bin/python -m scripts.report
 
 verify: tools ## check each patch with only those before it, and its tests without it
 	@$(RUN).verify

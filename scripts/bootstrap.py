@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make build/tools, the environment of everything else here.
 
-The standard library alone, for nothing else is there yet.
+`bootstrap.py report` makes build/report, which has what draws plots besides. The
+standard library alone, for nothing else is there yet.
 """
 
 import fcntl
@@ -13,12 +14,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ROOT / "build" / "tools"
-LOG = ROOT / "build" / "tools.log"
+BUILD = ROOT / "build"
 
 
-def main() -> int:
+def main(name: str = "tools") -> int:
     """Make the environment if it is not there or pyproject.toml changed.
+
+    Args:
+        name: its folder, and the group of pyproject.toml that it has beside "tools".
 
     Returns:
         The exit status.
@@ -34,48 +37,50 @@ def main() -> int:
     import tomllib
 
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    wanted = json.dumps([groups["tools"], sys.version, str(TOOLS)])
+    packages = [*groups["tools"], *(groups[name] if name != "tools" else ())]
+    folder, log = BUILD / name, BUILD / f"{name}.log"
+    wanted = json.dumps([packages, sys.version, str(folder)])
     key = hashlib.sha256(wanted.encode()).hexdigest()
-    stamp = TOOLS / "stamp"
-    if _fresh(stamp, key):
+    if _fresh(folder, key):
         return 0
-    TOOLS.parent.mkdir(exist_ok=True)
-    with (TOOLS.parent / ".tools.lock").open("w") as guard:
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / f".{name}.lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        if _fresh(stamp, key):
+        if _fresh(folder, key):
             return 0
-        print("making build/tools (once, about half a minute)", file=sys.stderr)
-        shutil.rmtree(TOOLS, ignore_errors=True)
-        python = TOOLS / "bin" / "python"
+        print(f"making build/{name} (once, about half a minute)", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        python = folder / "bin" / "python"
         for command in (
-            [sys.executable, "-m", "venv", str(TOOLS)],
-            [str(python), "-m", "pip", "install", "-q", "--no-input", *groups["tools"]],
+            [sys.executable, "-m", "venv", str(folder)],
+            [str(python), "-m", "pip", "install", "-q", "--no-input", *packages],
         ):
-            with LOG.open("wb") as log:
-                done = subprocess.run(command, stdout=log, stderr=log)
+            with log.open("wb") as out:
+                done = subprocess.run(command, stdout=out, stderr=out)
             if done.returncode:
-                sys.stderr.write(LOG.read_text(errors="replace"))
+                sys.stderr.write(log.read_text(errors="replace"))
                 print(
-                    "error: build/tools could not be made: see above, "
+                    f"error: build/{name} could not be made: see above, "
                     "mend it and run this again",
                     file=sys.stderr,
                 )
                 return 1
-        stamp.write_text(key)
+        (folder / "stamp").write_text(key)
     return 0
 
 
-def _fresh(stamp: Path, key: str) -> bool:
+def _fresh(folder: Path, key: str) -> bool:
+    stamp = folder / "stamp"
     return (
         stamp.exists()
         and stamp.read_text() == key
-        and (TOOLS / "bin" / "python").exists()
+        and (folder / "bin" / "python").exists()
     )
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(*sys.argv[1:]))
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
