@@ -56,6 +56,11 @@ def _step(kind: str, minutes: float, *more: str) -> Job:
     return Job(name, command, minutes)
 
 
+def _serving(kind: str, minutes: float) -> Job:
+    command = ("scripts.bench_serving", "--kind", kind)
+    return Job(f"serving {kind}", command, minutes)
+
+
 _GPU_TOWER = ("--forms", "eager,compiled,captured,fp8", "--profile")
 _HOST = Job("host", ("scripts.bench_mm_prefix", "builder"), 1)
 JOBS = {
@@ -71,6 +76,8 @@ JOBS = {
         _step("31b", 3, "--tower", "eager", "--unpatched"),
         _step("26b", 3, "--tower", "compiled"),
         _step("26b", 3, "--tower", "eager", "--unpatched"),
+        _serving("26b", 12),
+        _serving("31b", 15),
     ),
     "cpu": (_HOST, _tower("26b", 4), _tower("e2b", 3)),
 }

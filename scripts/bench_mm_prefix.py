@@ -500,7 +500,7 @@ def bench_layer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     table(records, *(("variant", "case") if args.decode else ("case", "variant")))
 
 
-def _fill(model: Any) -> None:
+def fill(model: Any) -> None:
     """Replace dummy weights, all but zero, by some that keep values of order one.
 
     Else most layers see zeros, and all tokens go to the same experts.
@@ -575,7 +575,7 @@ class Engine:
         self.model: Any = None
         self.llm.apply_model(lambda model: setattr(self, "model", model))
         with torch.inference_mode():
-            _fill(self.model)
+            fill(self.model)
         self.steps: list[tuple[int, float]] = []
         self.towers: list[float] = []
         self.encode_again = args.tower is not None

@@ -17,20 +17,18 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from scripts import demo
-
-ROOT = Path(__file__).resolve().parent.parent
+from scripts import demo, worker
+from scripts.worker import ROOT, Process
 
 TOWERS: dict[str, dict[str, int]] = {
     "26b": {
@@ -330,85 +328,6 @@ class Engine:
         return self.ask("profile")[0]
 
 
-def serve(
-    checkpoint: Path, dtype: str, tree: str | None, form: str, images: int
-) -> None:
-    """Answer requests from stdin, one JSON object a line, on what was stdout."""
-    if tree is not None:
-        # Before what the environment puts first.
-        sys.path.insert(0, tree)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # where libraries print is no answer
-    engine = Engine(checkpoint, dtype, form, images)
-    import vllm
-
-    print(json.dumps(str(Path(vllm.__file__).parents[1])), file=answers, flush=True)
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        result = getattr(engine, method)(*arguments)
-        print(json.dumps(result), file=answers, flush=True)
-
-
-class Process:
-    """A worker process and its log."""
-
-    def __init__(
-        self,
-        log: IO[bytes],
-        checkpoint: Path,
-        dtype: str,
-        tree: Path | None,
-        form: str,
-        images: int,
-    ) -> None:
-        self.log = log
-        command = [sys.executable, "-m", "scripts.bench_tower", "--serve"]
-        command += ["--checkpoint", str(checkpoint), "--dtype", dtype]
-        command += ["--forms", form, "--images", str(images)]
-        if tree is not None:
-            command += ["--tree", str(tree)]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "HF_HUB_OFFLINE": "1",
-                # One process waits while the other works: it must not spin.
-                "OMP_WAIT_POLICY": "passive",
-                "KMP_BLOCKTIME": "0",
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.log.seek(0)
-            sys.stderr.write(self.log.read()[-5000:].decode(errors="replace"))
-            raise RuntimeError("an engine died, its log is above")
-        return json.loads(line)
-
-    def __call__(self, *request: str) -> Any:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        return self.answer()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @contextlib.contextmanager
 def _processes(
     checkpoint: Path, dtype: str, trees: dict[str, Path | None], images: int
@@ -421,7 +340,11 @@ def _processes(
             begin = time.perf_counter()
             form = name if name in FORMS else "eager"
             own = quantize(checkpoint) if form == "fp8" else checkpoint
-            processes[name] = Process(log, own, dtype, tree, form, images)
+            arguments = ["--checkpoint", str(own), "--dtype", dtype]
+            arguments += ["--forms", form, "--images", str(images)]
+            if tree is not None:
+                arguments += ["--tree", str(tree)]
+            processes[name] = Process(log, "scripts.bench_tower", arguments)
             stack.callback(processes[name].stop)
             # One after the other: their loading would fight for the cores.
             where = processes[name].answer()
@@ -508,7 +431,8 @@ def main(argv: list[str] | None = None) -> int:
 
         images = int(args.images)
         form = args.forms[0]
-        bench_tower.serve(Path(args.checkpoint), args.dtype, args.tree, form, images)
+        given = (Path(args.checkpoint), args.dtype, form, images)
+        worker.serve(functools.partial(bench_tower.Engine, *given), args.tree)
         return 0
     if unknown := set(args.forms or ()) - FORMS.keys():
         parser.error(f"no form {', '.join(sorted(unknown))}")

@@ -245,6 +245,49 @@ def step(runs: dict[str, Run]) -> list[str]:
     ]
 
 
+def serving(runs: dict[str, Run]) -> list[str]:
+    """vLLM's own throughput and latency benchmarks."""
+    found = runs_of(runs, "serving")
+    if not found:
+        return []
+    lines = [
+        "## Serving",
+        "",
+        "vLLM's benchmarks of throughput, in tokens a second, and of latency, in"
+        " milliseconds; medians with quartiles. Triton is that attention backend on the"
+        " patched tree.",
+        *commands(found),
+    ]
+    for run in found:
+        forms = list(dict.fromkeys(record["tree"] for record in run.records))
+        loads: dict[str, dict[str, Record]] = {}
+        for record in run.records:
+            loads.setdefault(record["workload"], {})[record["tree"]] = record
+        about = run.records[0]
+        rows = []
+        for name, load in loads.items():
+            bench = next(iter(load.values()))["bench"]
+            unit = "tok/s" if bench == "throughput" else "ms"
+            rows.append([name, unit, *(rate(load.get(form)) for form in forms)])
+        lines += [
+            f"### {WIDTHS.get(about['kind'], about['kind'])}: {about['layers']} layers",
+            "",
+            *table(["workload", "unit", *forms], rows),
+            "",
+        ]
+    return lines
+
+
+def rate(record: Record | None) -> str:
+    """Return a median with its quartiles in the unit of its benchmark."""
+    if record is None:
+        return "-"
+    scale = 1 if record["bench"] == "throughput" else 1e3
+    values = (record["median"], *record["quartiles"])
+    middle, low, high = (f"{scale * value:,.0f}" for value in values)
+    return f"{middle} ({low} to {high})"
+
+
 def host(runs: dict[str, Run]) -> list[str]:
     """The host's part of a step."""
     found = runs_of(runs, "host")
@@ -300,6 +343,7 @@ SECTIONS: tuple[Callable[[dict[str, Run]], list[str]], ...] = (
     layer,
     tower,
     step,
+    serving,
     host,
     not_better,
 )

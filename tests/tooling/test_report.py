@@ -67,6 +67,15 @@ def results() -> list[dict[str, Any]]:
             tower("compiled", 0.025),
         ],
         "step 31b patched": step,
+        "serving 31b": [
+            {"kind": "31b", "layers": 12, "workload": name, "bench": bench}
+            | {"tree": tree, "median": value, "quartiles": [value, value * 2]}
+            for name, bench, value in (
+                ("a b", "throughput", 2e3),
+                ("c", "latency", 0.2),
+            )
+            for tree in ("release", "patched")
+        ],
         "host": [{"case": "256 decodes", "variant": "find, patched", "median": 71.0}],
     }.items():
         lines += [head(job), *({"job": job} | record for record in records)]
@@ -87,6 +96,9 @@ def test_text() -> None:
         "| 1 x 280 | 1,234 MiB | 5.00x, 1,234 MiB, 1.2e-02 (4.6%) |"
         " 4.00x, 1,234 MiB, 1.2e-02 (4.6%) |",
         "| 31B | 1 x 2 | - | - | - | - | 66 | 67 | 8 | - |",
+        "### 31B: 12 layers",
+        "| a b | tok/s | 2,000 (2,000 to 4,000) | 2,000 (2,000 to 4,000) |",
+        "| c | ms | 200 (200 to 400) | 200 (200 to 400) |",
         "| 256 decodes | find, patched | 71 |",
         "* A one: FA4 chosen takes 1.67x FA4 mask_mod",
         "* 26B-A4B and 31B, 1 x 280: compiled takes 1.25x patched",
@@ -102,7 +114,8 @@ def test_words_have_no_numbers() -> None:
         line |= {"release": "", "commit": "", "time": "", "machine": {"versions": {}}}
         line["machine"]["cores"] = "some"
     jobs = {run["job"]: report.Run(run, []) for run in empty}
-    del jobs["tower 26b"], jobs["layer A"]
+    for name in ("layer A", "tower 26b", "serving 31b"):
+        del jobs[name]
     text = report.write({"a GPU": jobs}, {})
     assert "## The host" in text
     assert not re.search(r"\d", text)
