@@ -22,11 +22,10 @@ def test_workloads_are_options_of_vllm(name: str, shrink: int) -> None:
         lengths = args.random_input_len, args.random_output_len, args.num_prompts
     assert min(lengths) >= 1
     assert lengths[0] + lengths[1] <= bench_serving.MAX_MODEL_LEN
-    if shapes := getattr(args, "random_mm_bucket_config", None):
-        if "chat" in name:
-            images = args.random_mm_limit_mm_per_prompt["image"]
-            assert shapes == {(*bench_serving.IMAGE, 1): 1.0}
-            assert args.random_mm_base_items_per_request == images
+    if "chat" in name:
+        images = args.random_mm_limit_mm_per_prompt["image"]
+        assert args.random_mm_bucket_config == {(*bench_serving.IMAGE, 1): 1.0}
+        assert args.random_mm_base_items_per_request == images
 
 
 class FakeEngine:
