@@ -7,12 +7,14 @@ they were made on. A run that was interrupted goes on with the first job of this
 that has no results, and results of other trees stay.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,11 @@ JOBS = {
         _HOST,
         _tower("26b", 6, *_GPU_TOWER),
         _tower("e2b", 5, *_GPU_TOWER),
+        # In the release that compiles only the language model.
         _step("31b", 3, "--tower", "compiled"),
-        _step("31b", 3, "--tower", "eager", "--unpatched"),
+        _step("31b", 3, "--tower", "compiled", "--unpatched"),
         _step("26b", 3, "--tower", "compiled"),
-        _step("26b", 3, "--tower", "eager", "--unpatched"),
+        _step("26b", 3, "--tower", "compiled", "--unpatched"),
         _serving("26b", 12),
         _serving("31b", 15),
     ),
@@ -86,6 +89,7 @@ JOBS = {
 _MACHINE = """
 import importlib.metadata as m, json, os, platform, torch
 found = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+found["cpu"] = platform.machine()
 for line in open("/proc/cpuinfo"):
     if line.startswith("model name"):
         found["cpu"] = line.split(":", 1)[1].strip()
@@ -106,17 +110,33 @@ print(json.dumps(found))
 """
 
 
-def machine(python: Path) -> dict[str, Any]:
+def variables(kind: str, tag: str) -> dict[str, str]:
+    """Return the variables that jobs run with.
+
+    Args:
+        kind: "cpu" or "cuda".
+        tag: the release, which is also what the unpatched tree is made of.
+    """
+    more = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RELEASE": tag}
+    if clone := console.option("VLLM"):
+        more["VLLM"] = clone
+    if kind == "cpu":
+        more["CUDA_VISIBLE_DEVICES"] = ""
+    return environ() | more
+
+
+def machine(python: Path, env: dict[str, str]) -> dict[str, Any]:
     """Return what an environment measures on, with its versions.
 
     Args:
         python: its interpreter.
+        env: the variables that jobs run with.
 
     Raises:
         Failure: it does not import torch.
     """
     done = subprocess.run(
-        [str(python), "-c", _MACHINE], capture_output=True, text=True, env=environ()
+        [str(python), "-c", _MACHINE], capture_output=True, text=True, env=env
     )
     if done.returncode:
         raise Failure(
@@ -163,14 +183,19 @@ def read(results: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def done(lines: list[dict[str, Any]], job: Job, tree: str, gpu: str) -> bool:
-    """Return whether a job has results of a tree on such a machine."""
-    wanted = {"job": job.name, "command": list(job.command), "tree": tree}
-    heads = (line for line in lines if "command" in line)
-    return any(
-        wanted.items() <= head.items() and head["machine"].get("gpu", "") == gpu
-        for head in heads
-    )
+def benchmarks() -> str:
+    """Return what tells the benchmarks' code from what it was before."""
+    digest = hashlib.sha256()
+    names = ("bench_*.py", "worker.py", "demo.py", "tiny_gemma4.py", "unpatched.py")
+    for path in sorted(path for name in names for path in ROOT.glob(f"scripts/{name}")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def done(lines: list[dict[str, Any]], job: Job, made_on: dict[str, Any]) -> bool:
+    """Return whether a job has results of this tree, machine and benchmark."""
+    wanted = {"job": job.name, "command": list(job.command)} | made_on
+    return any(wanted.items() <= line.items() for line in lines)
 
 
 def keep(results: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -181,18 +206,23 @@ def keep(results: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> 
         head: what they were made on and how.
         records: what the job wrote.
     """
-    results.parent.mkdir(parents=True, exist_ok=True)
+    results = results.resolve()
     old = results.read_text() if results.exists() else ""
+    if old and not old.endswith("\n"):
+        old += "\n"
     new = [head, *({"job": head["job"]} | record for record in records)]
     console.write(results, old + "".join(json.dumps(line) + "\n" for line in new))
 
 
-def run(job: Job, python: Path, log: Path, out: Path) -> list[dict[str, Any]]:
+def run(
+    job: Job, python: Path, env: dict[str, str], log: Path, out: Path
+) -> list[dict[str, Any]]:
     """Run a job.
 
     Args:
         job: which.
         python: the interpreter.
+        env: its variables.
         log: where its output goes.
         out: where it writes its records.
 
@@ -209,7 +239,7 @@ def run(job: Job, python: Path, log: Path, out: Path) -> list[dict[str, Any]]:
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environ() | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            env=env,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -217,15 +247,13 @@ def run(job: Job, python: Path, log: Path, out: Path) -> list[dict[str, Any]]:
     ):
         try:
             status = running.wait()
-        except BaseException:
-            # Its engines must not outlive an interrupt.
-            os.killpg(running.pid, signal.SIGKILL)
-            raise
-    records = (
-        [json.loads(line) for line in out.read_text().splitlines()]
-        if (out.exists())
-        else []
-    )
+        finally:
+            # Its engines must not outlive it, nor an interrupt.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+    records = []
+    if not status and out.exists():
+        records = [json.loads(line) for line in out.read_text().splitlines()]
     if status or not records:
         for line in log.read_text(errors="replace").splitlines()[-15:]:
             say("    " + line)
@@ -254,54 +282,72 @@ def bench(kind: str) -> None:
         )
     if kind == "cuda" and device() != "cuda":
         raise Failure("there is no NVIDIA GPU", "`make bench-cpu` runs what needs none")
+    # A lost connection is an interrupt.
+    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     release = pins.load(console.option("RELEASE"))
     with console.lock():
         clone = apply(release)
         target = build(release)
-    results = Path(console.option("RESULTS") or RESULTS)
-    here, name = machine(target.python), tree(clone)
-    lines, gpu = read(results), here.get("gpu", "")
-    jobs = [job for job in JOBS[kind] if job.level in wanted]
-    left = [job for job in jobs if not done(lines, job, name, gpu)]
-    if len(left) < len(jobs):
-        say(f"{len(jobs) - len(left)} of {len(jobs)} jobs have results already")
-    commit = Clone(ROOT)("rev-parse", "HEAD")
-    slowness, failures = 1.0, []
-    for number, job in enumerate(left, 1):
-        minutes = slowness * sum(other.minutes for other in left[number - 1 :])
-        say(f"[{number}/{len(left)}] {job.name}, about {minutes:.0f} min left")
-        stem = RESULTS.parent / f"{kind}-{job.name.replace(' ', '-')}"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        begin = time.time()
-        try:
-            records = run(
-                job, target.python, stem.with_suffix(".log"), stem.with_suffix(".jsonl")
-            )
-        except Failure as failure:
-            # The others can be measured.
-            say(f"  {failure}")
-            failures.append(job.name)
-            continue
-        seconds = time.time() - begin
-        slowness = seconds / 60 / job.minutes
-        head = {
-            **asdict(job),
-            "job": job.name,
+    results = Path(console.option("RESULTS") or RESULTS).absolute()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    # Before anything is measured: nobody else measures, and results can be written.
+    with console.lock(RESULTS.parent), results.open("a"):
+        env = variables(kind, release.tag)
+        here = machine(target.python, env)
+        made_on = {
             "release": release.tag,
-            "commit": commit,
-            "tree": name,
+            "tree": tree(clone),
+            "benchmarks": benchmarks(),
             "machine": here,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begin)),
-            "seconds": round(seconds),
         }
-        del head["name"], head["minutes"]
-        keep(results, head, records)
-        say(f"  {len(records)} records in {seconds:.0f} s")
+        if kind == "cuda" and not here["gpus"]:
+            raise Failure(
+                f"{target.python} sees no GPU", "give PYTHON= one with vLLM for CUDA"
+            )
+        lines = read(results)
+        jobs = [job for job in JOBS[kind] if job.level in wanted]
+        left = [job for job in jobs if not done(lines, job, made_on)]
+        if len(left) < len(jobs):
+            say(f"{len(jobs) - len(left)} of {len(jobs)} jobs have results already")
+        commit = Clone(ROOT)("rev-parse", "HEAD")
+        slowness, failures = 1.0, []
+        for number, job in enumerate(left, 1):
+            minutes = slowness * sum(other.minutes for other in left[number - 1 :])
+            say(f"[{number}/{len(left)}] {job.name}, about {minutes:.0f} min left")
+            stem = RESULTS.parent / f"{kind}-{job.name.replace(' ', '-')}"
+            log, out = stem.with_suffix(".log"), stem.with_suffix(".jsonl")
+            begin = time.time()
+            try:
+                records = run(job, target.python, env, log, out)
+            except Failure as failure:
+                # The others can be measured.
+                say(f"  {failure}")
+                failures.append(job.name)
+                continue
+            seconds = time.time() - begin
+            slowness = seconds / 60 / job.minutes
+            if tree(clone) != made_on["tree"]:
+                raise Failure(
+                    f"{show(clone.path)} changed while {job.name} ran",
+                    "its results are dropped; run this again",
+                )
+            head = {
+                "job": job.name,
+                "command": list(job.command),
+                **made_on,
+                "commit": commit,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begin)),
+                "seconds": round(seconds),
+            }
+            keep(results, head, records)
+            say(f"  {len(records)} records in {seconds:.0f} s")
     if failures:
         raise Failure(
             f"{', '.join(failures)}: nothing was measured",
             "their last lines are above; the same command tries them again",
         )
+    say(f"`make report RESULTS={show(results)}` writes tables and plots of it")
     print(show(results))
 
 

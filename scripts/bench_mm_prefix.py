@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -505,10 +506,11 @@ def fill(model: Any) -> None:
 
     Else most layers see zeros, and all tokens go to the same experts.
     """
-    torch.manual_seed(0)
     for name, value in model.state_dict().items():
         if not value.is_floating_point():
             continue
+        # By its name: the trees' towers have different ones.
+        torch.manual_seed(zlib.crc32(name.encode()))
         if value.ndim >= 2:
             value.normal_(0, value.shape[-1] ** -0.5)
         else:

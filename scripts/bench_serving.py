@@ -44,7 +44,9 @@ def _images(inputs: int, outputs: int, prompts: int, images: int) -> list[str]:
     lengths = _random(inputs, outputs, prompts)[2:]
     shape = str({(*IMAGE, 1): 1.0})
     return [
+        # Without a path, which it does not read, vLLM would take "random".
         *("--backend", "vllm-chat", "--dataset-name", "random-mm", *lengths),
+        *("--dataset-path", "none"),
         *("--random-mm-base-items-per-request", str(images)),
         *("--random-mm-bucket-config", shape),
         *("--random-mm-limit-mm-per-prompt", json.dumps({"image": images, "video": 0})),
@@ -92,6 +94,21 @@ def workloads(shrink: int) -> dict[str, tuple[str, list[str]]]:
     }
 
 
+def _vary_features(model: Any) -> None:
+    """Let images differ: random weights make like features of all patches.
+
+    All tokens of an image would go to the same experts.
+    """
+    import torch
+
+    embed = model.embed_multimodal
+
+    def embed_multimodal(**kwargs: Any) -> Any:
+        return [torch.randn_like(item) for item in embed(**kwargs)]
+
+    model.embed_multimodal = embed_multimodal
+
+
 class Engine:
     """An engine on which vLLM's benchmarks run, which make one of their own else."""
 
@@ -123,6 +140,7 @@ class Engine:
             self.llm = LLM(**vars(arguments))
             with torch.inference_mode():
                 self.llm.apply_model(fill)
+            self.llm.apply_model(_vary_features)
         return self.llm
 
     def run(self, bench: str, options: list[str], seed: int) -> dict[str, float]:
@@ -140,14 +158,19 @@ class Engine:
             out = f"{folder}/out.json"
             given = [*options, *self.options, "--seed", str(seed), "--output-json", out]
             np.random.seed(seed)
-            module.main(parser.parse_args(given))
+            args = parser.parse_args(given)
+            module.main(args)
             found = json.loads(Path(out).read_text())
         if bench == "latency":
             return {"seconds": float(np.median(found["latencies"]))}
-        return {
-            "seconds": found["elapsed_time"],
-            "tokens_per_second": found["tokens_per_second"],
-        }
+        if "random-mm" in options:
+            images = args.num_prompts * args.random_mm_base_items_per_request
+            # An image of this size has more than 200.
+            if found["total_num_tokens"] < 200 * images:
+                raise RuntimeError(f"there were no {images} images in the prompts")
+        names = ("elapsed_time", "tokens_per_second", "total_num_tokens")
+        seconds, rate, tokens = (found[name] for name in names)
+        return {"seconds": seconds, "tokens_per_second": rate, "tokens": tokens}
 
 
 @contextlib.contextmanager

@@ -46,13 +46,16 @@ class Run:
 
 
 def device(head: Record) -> str:
-    """Return the GPU's name, or the processor's."""
+    """Return the GPU's name, or the processor's with its cores."""
     machine = head["machine"]
-    return str(machine.get("gpu") or machine.get("cpu") or "unknown")
+    return str(machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores")
 
 
 def latest(lines: list[Record]) -> dict[str, dict[str, Run]]:
     """Return the last run of each job, by device and job.
+
+    Of each device, only runs of the release and tree that were measured last: numbers
+    of different ones do not belong in one text.
 
     Args:
         lines: those of all files of results.
@@ -66,13 +69,20 @@ def latest(lines: list[Record]) -> dict[str, dict[str, Run]]:
         if "command" in line:
             current = Run(line, [])
             found.setdefault(device(line), {})[line["job"]] = current
-        elif current is None or line["job"] != current.head["job"]:
+        elif current is None or line.get("job") != current.head["job"]:
             raise Failure(
                 f"records of {line.get('job')} do not say what they were made on",
                 "remove them, and `make bench` makes new ones",
             )
         else:
             current.records.append(line)
+    for name, jobs in found.items():
+        newest = max((run.head for run in jobs.values()), key=lambda head: head["time"])
+        found[name] = {
+            job: run
+            for job, run in jobs.items()
+            if all(run.head[key] == newest[key] for key in ("release", "tree"))
+        }
     return found
 
 
@@ -238,7 +248,8 @@ def step(runs: dict[str, Run]) -> list[str]:
         "## One step of the engine",
         "",
         "A prefill of as many layers as the commands say, dummy weights, milliseconds:"
-        " the language model on text alone and with images, the tower, and both.",
+        " the language model on text alone and with images, the tower, and both. All is"
+        " compiled but the release's tower, which cannot be.",
         *commands(found),
         *table(heads, rows),
         "",
@@ -312,10 +323,11 @@ def host(runs: dict[str, Run]) -> list[str]:
 def not_better(runs: dict[str, Run]) -> list[str]:
     """Where the release, or another form of the series, is faster."""
     found = []
-    for run in [*runs_of(runs, "tower"), *runs_of(runs, "layer")]:
+    levels = ("tower", "layer", "serving")
+    for run in [run for level in levels for run in runs_of(runs, level)]:
         rows: dict[str, dict[str, Record]] = {}
         for record in run.records:
-            name = record.get("batch") or record["case"]
+            name = record.get("batch") or record.get("workload") or record["case"]
             if "kind" in record:
                 name = f"{TOWERS.get(record['kind'], record['kind'])}, {name}"
             form = record.get("tree") or record["variant"]
@@ -328,15 +340,22 @@ def not_better(runs: dict[str, Run]) -> list[str]:
                 ("FA4 chosen", "FA4 mask_mod"),
                 ("FA4 chosen", "Triton ranges"),
                 ("FA3 chosen", "Triton ranges"),
+                ("patched", "release"),
             ):
                 if ours not in forms or theirs not in forms:
                     continue
-                ratio = forms[ours]["median"] / forms[theirs]["median"]
-                # Less is what two runs of the same differ by.
-                if ratio > 1.03:
-                    names = [TREES.get(form, form) for form in (ours, theirs)]
-                    found.append(f"* {name}: {names[0]} takes {ratio:.2f}x {names[1]}")
-    return ["## What is not better", "", *found, ""] if found else []
+                names = [TREES.get(form, form) for form in (ours, theirs)]
+                for what, key in (("takes", "median"), ("needs memory", "mib")):
+                    if not forms[theirs].get(key) or key not in forms[ours]:
+                        continue
+                    ratio = forms[ours][key] / forms[theirs][key]
+                    if forms[ours].get("unit") == "tokens_per_second":
+                        ratio = 1 / ratio
+                    # Less is what two runs of the same differ by.
+                    if ratio > 1.03:
+                        times = f"{ratio:.2f}x {names[1]}"
+                        found.append(f"* {name}: {names[0]} {what} {times}")
+    return ["## What is not better", "", *(found or ["Nothing was found."]), ""]
 
 
 SECTIONS: tuple[Callable[[dict[str, Run]], list[str]], ...] = (
@@ -448,7 +467,7 @@ def main() -> None:
     if not lines:
         raise Failure(
             f"there are no results in {show(files[0] if given else RESULTS)}",
-            "`make bench` or `make bench-cpu` makes some",
+            "`make bench` or `make bench-cpu` makes some and says what to give here",
         )
     runs = latest(lines)
     plots = {

@@ -24,6 +24,9 @@ def serve(make: Callable[[], Any], tree: str | None) -> None:
     Args:
         make: Makes the engine.
         tree: What vLLM is imported from, if not what the environment has.
+
+    Raises:
+        RuntimeError: vLLM came from elsewhere.
     """
     if tree is not None:
         # Before what the environment puts first.
@@ -33,7 +36,10 @@ def serve(make: Callable[[], Any], tree: str | None) -> None:
     engine = make()
     import vllm
 
-    print(json.dumps(str(Path(vllm.__file__).parents[1])), file=answers, flush=True)
+    where = Path(vllm.__file__).parents[1]
+    if tree is not None and where.resolve() != Path(tree).resolve():
+        raise RuntimeError(f"vLLM was imported from {where}, not from {tree}")
+    print(json.dumps(str(where)), file=answers, flush=True)
     for line in sys.stdin:
         method, *arguments = json.loads(line)
         result = getattr(engine, method)(*arguments)

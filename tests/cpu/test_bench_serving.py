@@ -16,6 +16,11 @@ def test_workloads_are_options_of_vllm(name: str, shrink: int) -> None:
     parser = FlexibleArgumentParser()
     importlib.import_module(f"vllm.benchmarks.{bench}").add_cli_args(parser)
     args = parser.parse_args([*options, "--model", "none"])
+    if bench == "throughput":
+        from vllm.benchmarks.throughput import validate_args
+
+        validate_args(args)
+        assert args.dataset_name == ("random-mm" if "chat" in name else "random")
     if bench == "latency":
         lengths = args.input_len, args.output_len, args.batch_size
     else:

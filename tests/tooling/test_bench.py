@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scripts import bench
+from scripts import bench, console
 from scripts.bench import Job
 from scripts.console import ROOT, Failure
 from scripts.git import Clone
@@ -43,7 +43,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tree, self.gpu = "tree1", "a GPU"
+        self.tree, self.gpu, self.benchmarks = "tree1", "a GPU", "some"
 
     @property
     def runs(self) -> list[str]:
@@ -71,7 +71,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         "build": lambda _: SimpleNamespace(python=Path(sys.executable)),
         "device": lambda: "cuda",
         "tree": lambda _: state.tree,
-        "machine": lambda _: {"gpu": state.gpu, "versions": {"vllm": "0"}},
+        "machine": lambda *_: {"gpu": state.gpu, "gpus": 1, "versions": {}},
+        "benchmarks": lambda: state.benchmarks,
         "Clone": lambda _: lambda *_: "commit",
     }.items():
         monkeypatch.setattr(bench, name, value)
@@ -106,8 +107,8 @@ def test_goes_on_where_it_was(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(toy.lines) == 9
 
 
-@pytest.mark.parametrize("what", ["tree", "gpu"])
-def test_results_of_another_tree_or_gpu_stay(toy: Bench, what: str) -> None:
+@pytest.mark.parametrize("what", ["tree", "gpu", "benchmarks"])
+def test_results_of_something_else_stay(toy: Bench, what: str) -> None:
     bench.bench("cuda")
     before = toy.lines
     assert len(toy.runs) == 3
@@ -166,7 +167,8 @@ def test_interrupt_ends_the_job_and_keeps_results(toy: Bench) -> None:
         "python = pathlib.Path(sys.executable)\n"
         "sys.argv[1:] = []\n"
         "def main() -> None:\n"
-        "    bench.run(job, python, folder / 'log', folder / 'out')\n"
+        "    env = bench.variables('cpu', 'v0.32.0') | {'PYTHONPATH': str(folder)}\n"
+        "    bench.run(job, python, env, folder / 'log', folder / 'out')\n"
         "console.run(main)\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -191,6 +193,61 @@ def test_no_gpu(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         bench.bench("cuda")
     bench.bench("cpu")
     assert toy.runs == ["a"]
+
+
+def test_gpu_that_the_environment_does_not_see(
+    toy: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "machine", lambda *_: {"gpus": 0})
+    with pytest.raises(Failure, match="sees no GPU"):
+        bench.bench("cuda")
+    assert toy.runs == []
+
+
+def test_jobs_measure_this_release_beside_this_clone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM", "/a/clone")
+    monkeypatch.setenv("RELEASE", "v9")
+    monkeypatch.setenv("LEVEL", "a")
+    env = bench.variables("cpu", "v1.0.0")
+    assert (env["RELEASE"], env["VLLM"]) == ("v1.0.0", "/a/clone")
+    assert env["CUDA_VISIBLE_DEVICES"] == ""
+    assert "LEVEL" not in env
+    assert bench.variables("cuda", "v1.0.0").get("CUDA_VISIBLE_DEVICES") != ""
+
+
+def test_two_at_once(toy: Bench) -> None:
+    with (
+        console.lock(bench.RESULTS.parent),
+        pytest.raises(Failure, match="another make command is at work"),
+    ):
+        bench.bench("cuda")
+    assert toy.runs == []
+
+
+def test_checkout_that_changes_meanwhile(
+    toy: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = iter(["tree1", "tree1", "tree2"])
+    monkeypatch.setattr(bench, "tree", lambda _: next(names))
+    with pytest.raises(Failure, match="changed while b 1 ran"):
+        bench.bench("cuda")
+    assert {line["job"] for line in toy.lines} == {"a 1"}
+
+
+def test_file_without_a_last_newline_and_behind_a_link(
+    toy: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, link = toy.folder / "kept.jsonl", toy.folder / "link.jsonl"
+    kept.write_text('{"job": "old", "command": []}')
+    link.symlink_to(kept)
+    monkeypatch.setenv("RESULTS", str(link))
+    bench.bench("cuda")
+    assert link.is_symlink()
+    lines = bench.read(kept)
+    assert lines[0] == {"job": "old", "command": []}
+    assert len(lines) == 10
 
 
 def test_unknown_level(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,4 +301,4 @@ def test_machine_says_what_is_wrong(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\necho no torch >&2\nexit 1\n")
     python.chmod(0o755)
     with pytest.raises(Failure, match="does not say what it runs on: no torch"):
-        bench.machine(python)
+        bench.machine(python, {})

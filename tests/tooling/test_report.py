@@ -20,6 +20,7 @@ def head(job: str, **more: Any) -> dict[str, Any]:
         "command": ["scripts.bench", job.split()[0], "--batch", "1 x 280"],
         "release": "v1.0.0",
         "commit": "c" * 40,
+        "tree": "t",
         "machine": MACHINE,
         "time": "2026-01-02T03:04:05Z",
     } | more
@@ -132,9 +133,18 @@ def test_devices_stay_apart() -> None:
     cpu = head("host", machine=MACHINE | {"gpu": ""})
     lines = [*results(), cpu, {"job": "host", "case": "c", "variant": "v", "median": 5}]
     runs = report.latest(lines)
-    assert list(runs) == ["a GPU", "a CPU"]
+    assert list(runs) == ["a GPU", "a CPU, 2 cores"]
     text = report.write(runs, {})
-    assert text.index("# a GPU") < text.index("256 decodes") < text.index("# a CPU")
+    assert text.index("# a GPU") < text.index("256 decodes") < text.index("# a CPU, 2")
+
+
+def test_one_tree_a_device() -> None:
+    newer = head("host", tree="u", time="2026-01-03T00:00:00Z")
+    older = head("host", tree="u", time="2026-01-01T00:00:00Z")
+    record = {"job": "host", "case": "c", "variant": "v", "median": 5.0}
+    assert list(report.latest([*results(), newer, record])["a GPU"]) == ["host"]
+    left = report.latest([*results(), older, record])["a GPU"]
+    assert list(left) == ["layer A", "tower 26b", "step 31b patched", "serving 31b"]
 
 
 @pytest.mark.parametrize("at", [0, 7])
