@@ -305,7 +305,7 @@ def host(runs: dict[str, Run]) -> list[str]:
     if not found:
         return []
     rows = [
-        [record["case"], record["variant"], f"{record['median']:,.0f}"]
+        [record["case"], record["variant"], f"{record['median']:,.1f}"]
         for run in found
         for record in run.records
     ]

@@ -100,7 +100,7 @@ def test_text() -> None:
         "### 31B: 12 layers",
         "| a b | tok/s | 2,000 (2,000 to 4,000) | 2,000 (2,000 to 4,000) |",
         "| c | ms | 200 (200 to 400) | 200 (200 to 400) |",
-        "| 256 decodes | find, patched | 71 |",
+        "| 256 decodes | find, patched | 71.0 |",
         "* A one: FA4 chosen takes 1.67x FA4 mask_mod",
         "* 26B-A4B and 31B, 1 x 280: compiled takes 1.25x patched",
     ):
@@ -125,7 +125,7 @@ def test_words_have_no_numbers() -> None:
 def test_last_run_counts() -> None:
     again = [head("host"), {"job": "host", "case": "c", "variant": "v", "median": 5.0}]
     text = report.write(report.latest([*results(), *again]), {})
-    assert "| c | v | 5 |" in text
+    assert "| c | v | 5.0 |" in text
     assert "256 decodes" not in text
 
 
