@@ -9,14 +9,11 @@ once. They take every workload by turns, each time with prompts that are new to 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -173,26 +170,17 @@ class Engine:
         return {"seconds": seconds, "tokens_per_second": rate, "tokens": tokens}
 
 
-@contextlib.contextmanager
-def _engines(checkpoint: str, forms: list[str]) -> Iterator[dict[str, Process]]:
+def _arguments(checkpoint: str, forms: list[str]) -> dict[str, list[str]]:
+    """What each form's process is started with."""
     from scripts import unpatched
 
-    with contextlib.ExitStack() as stack:
-        engines = {}
-        for name in forms:
-            backend, is_release = FORMS[name]
-            arguments = ["--checkpoint", checkpoint, f"--backend={backend}"]
-            if is_release:
-                arguments += ["--tree", str(unpatched.unpatched_tree())]
-            log = stack.enter_context(tempfile.TemporaryFile())
-            print(f"starting the {name} engine ...", flush=True)
-            begin = time.perf_counter()
-            engines[name] = Process(log, "scripts.bench_serving", arguments)
-            stack.callback(engines[name].stop)
-            where = engines[name].answer()
-            seconds = time.perf_counter() - begin
-            print(f"{name}: vLLM from {where}, {seconds:.0f} s", flush=True)
-        yield engines
+    found = {}
+    for name in forms:
+        backend, is_release = FORMS[name]
+        found[name] = ["--checkpoint", checkpoint, f"--backend={backend}"]
+        if is_release:
+            found[name] += ["--tree", str(unpatched.unpatched_tree())]
+    return found
 
 
 def measure(
@@ -276,7 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with demo.quiet():
             write_checkpoint(str(folder), text, TOWERS["26b"])
-        with _engines(str(folder), forms) as engines:
+        arguments = _arguments(str(folder), forms)
+        with worker.engines("scripts.bench_serving", arguments) as engines:
             print(f"\n{args.kind}, {args.layers} layers, {args.repeat} runs each\n")
             print(f"{'workload':<28} {'engine':<10} {'median':>12} {'quartiles':>21}")
             for name in chosen:

@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -328,29 +328,19 @@ class Engine:
         return self.ask("profile")[0]
 
 
-@contextlib.contextmanager
-def _processes(
+def _arguments(
     checkpoint: Path, dtype: str, trees: dict[str, Path | None], images: int
-) -> Iterator[dict[str, Process]]:
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for name, tree in trees.items():
-            log = stack.enter_context(tempfile.TemporaryFile())
-            print(f"starting the {name} engine ...", flush=True)
-            begin = time.perf_counter()
-            form = name if name in FORMS else "eager"
-            own = quantize(checkpoint) if form == "fp8" else checkpoint
-            arguments = ["--checkpoint", str(own), "--dtype", dtype]
-            arguments += ["--forms", form, "--images", str(images)]
-            if tree is not None:
-                arguments += ["--tree", str(tree)]
-            processes[name] = Process(log, "scripts.bench_tower", arguments)
-            stack.callback(processes[name].stop)
-            # One after the other: their loading would fight for the cores.
-            where = processes[name].answer()
-            seconds = time.perf_counter() - begin
-            print(f"{name}: vLLM from {where}, {seconds:.0f} s", flush=True)
-        yield processes
+) -> dict[str, list[str]]:
+    """What each tree's process is started with."""
+    found = {}
+    for name, tree in trees.items():
+        form = name if name in FORMS else "eager"
+        own = quantize(checkpoint) if form == "fp8" else checkpoint
+        found[name] = ["--checkpoint", str(own), "--dtype", dtype]
+        found[name] += ["--forms", form, "--images", str(images)]
+        if tree is not None:
+            found[name] += ["--tree", str(tree)]
+    return found
 
 
 def measure(
@@ -466,7 +456,9 @@ def main(argv: list[str] | None = None) -> int:
                 vision=tower,
             )
         with (
-            _processes(checkpoint, dtype, trees, images) as processes,
+            worker.engines(
+                "scripts.bench_tower", _arguments(checkpoint, dtype, trees, images)
+            ) as processes,
             tempfile.TemporaryDirectory() as directory,
         ):
             kind = "GPU memory" if cuda else "resident"

@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,3 +100,32 @@ class Process:
         """End it, whatever it does."""
         self.process.kill()
         self.process.wait()
+
+
+@contextlib.contextmanager
+def engines(
+    module: str, arguments: Mapping[str, Sequence[str]]
+) -> Iterator[dict[str, Process]]:
+    """Start processes by name, each with its arguments; end them afterwards.
+
+    One after the other: their loading would fight for the cores.
+
+    Args:
+        module: Runs ``serve`` where ``--serve`` is given.
+        arguments: More of its arguments, by name.
+
+    Raises:
+        RuntimeError: One ended.
+    """
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for name, given in arguments.items():
+            log = stack.enter_context(tempfile.TemporaryFile())
+            print(f"starting the {name} engine ...", flush=True)
+            begin = time.perf_counter()
+            processes[name] = Process(log, module, given)
+            stack.callback(processes[name].stop)
+            where = processes[name].answer()
+            seconds = time.perf_counter() - begin
+            print(f"{name}: vLLM from {where}, {seconds:.0f} s", flush=True)
+        yield processes
