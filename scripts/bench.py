@@ -42,29 +42,22 @@ class Job:
         return self.name.split()[0]
 
 
+def _job(name: str, minutes: float, *command: str) -> Job:
+    return Job(name, (f"scripts.{command[0]}", *command[1:]), minutes)
+
+
 def _layer(cases: str, minutes: float) -> Job:
-    command = ("scripts.bench_mm_prefix", "layer", "--cases", cases)
-    return Job(f"layer {cases}", command, minutes)
+    return _job(f"layer {cases}", minutes, "bench_mm_prefix", "layer", "--cases", cases)
 
 
-def _tower(kind: str, minutes: float, *more: str) -> Job:
-    command = ("scripts.bench_tower", "--kind", kind, *more)
-    return Job(f"tower {kind}", command, minutes)
-
-
-def _step(kind: str, minutes: float, *more: str) -> Job:
-    name = f"step {kind} {'release' if '--unpatched' in more else 'patched'}"
-    command = ("scripts.bench_mm_prefix", "engine", "--kind", kind, *more)
-    return Job(name, command, minutes)
-
-
-def _serving(kind: str, minutes: float) -> Job:
-    command = ("scripts.bench_serving", "--kind", kind)
-    return Job(f"serving {kind}", command, minutes)
-
-
-_GPU_TOWER = ("--forms", "eager,compiled,captured,fp8", "--profile")
-_HOST = Job("host", ("scripts.bench_mm_prefix", "builder"), 1)
+# The forms of the tower that vLLM has, the peers and its attention backends.
+_GPU_TOWER = (
+    "--profile",
+    "--forms",
+    "hf-sdpa,hf-flash,eager,compiled,captured,fp8,sdpa,triton,fa2,fa3,fa4,flashinfer",
+)
+_FOUR = ("--forms", "release,triton,patched,fa4")
+_HOST = _job("host", 1, "bench_mm_prefix", "builder")
 JOBS = {
     "cuda": (
         _layer("A,B,C", 4),
@@ -72,17 +65,36 @@ JOBS = {
         _layer("H,V,S", 3),
         _layer("I,T,L", 4),
         _HOST,
-        _tower("26b", 6, *_GPU_TOWER),
-        _tower("e2b", 5, *_GPU_TOWER),
-        # In the release that compiles only the language model.
-        _step("31b", 3, "--tower", "compiled"),
-        _step("31b", 3, "--tower", "compiled", "--unpatched"),
-        _step("26b", 3, "--tower", "compiled"),
-        _step("26b", 3, "--tower", "compiled", "--unpatched"),
-        _serving("26b", 12),
-        _serving("31b", 15),
+        _job("tower 26b", 8, "bench_tower", "--kind", "26b", *_GPU_TOWER),
+        _job("tower e2b", 7, "bench_tower", "--kind", "e2b", *_GPU_TOWER),
+        _job("scaling images", 3, "bench_tower", "--scale", "images"),
+        _job("scaling soft_tokens", 2, "bench_tower", "--scale", "soft_tokens"),
+        _job("scaling engine", 4, "bench_engine", "scaling", "--kind", "26b"),
+        _job("step 26b", 3, "bench_engine", "step", "--kind", "26b", *_FOUR),
+        _job("step 31b", 3, "bench_engine", "step", "--kind", "31b", *_FOUR),
+        _job(
+            *("step 26b whole", 4, "bench_engine", "step", "--kind", "26b"),
+            *("--layers", "30", "--forms", "release,patched"),
+        ),
+        _job("serving 26b", 7, "bench_engine", "serving", "--kind", "26b", *_FOUR),
+        _job("serving 31b", 8, "bench_engine", "serving", "--kind", "31b", *_FOUR),
+        _job("serving 12b", 6, "bench_engine", "serving", "--kind", "12b"),
+        _job(
+            *("serving e4b", 6, "bench_engine", "serving", "--kind", "e4b"),
+            *("--layers", "42"),
+        ),
+        _job(
+            *("serving e2b", 6, "bench_engine", "serving", "--kind", "e2b"),
+            *("--layers", "35"),
+        ),
+        _job("rates 26b", 7, "bench_rates", "--kind", "26b"),
+        _job("rates 31b", 7, "bench_rates", "--kind", "31b"),
     ),
-    "cpu": (_HOST, _tower("26b", 4), _tower("e2b", 3)),
+    "cpu": (
+        _HOST,
+        _job("tower 26b", 4, "bench_tower", "--kind", "26b"),
+        _job("tower e2b", 3, "bench_tower", "--kind", "e2b"),
+    ),
 }
 
 # Run by the environment that is measured.
@@ -186,7 +198,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 def benchmarks() -> str:
     """Return what tells the benchmarks' code from what it was before."""
     digest = hashlib.sha256()
-    names = ("bench_*.py", "worker.py", "demo.py", "tiny_gemma4.py", "unpatched.py")
+    names = ("bench_*.py", "worker.py", "demo.py", "*_gemma4.py", "unpatched.py")
     for path in sorted(path for name in names for path in ROOT.glob(f"scripts/{name}")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

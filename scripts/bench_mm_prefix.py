@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time bidirectional image attention (mm_prefix): layer, whole model or host alone.
+"""Time bidirectional image attention (mm_prefix): a layer, or the host alone.
 
 ``layer`` runs the prefill of one attention layer in every form, by turns in one
 process: plain causal attention as the floor, the patched FlashAttention backend, and
-what the release has. ``engine`` runs one step of a language model of real width and a
-few layers, with images and without. ``builder`` times the host's part of a step.
+what the release has. ``builder`` times the host's part of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import os
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,39 +28,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-from scripts import demo, tiny_gemma4, unpatched
-from scripts.bench_tower import TOWERS
+from scripts import demo, real_gemma4, unpatched
+from scripts.real_gemma4 import WINDOW
 
 DTYPE = torch.bfloat16
 FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
-WINDOW = 1024
 # GPU cycles, about a millisecond: a call's kernels are queued before the first starts.
 HEAD_START = 2_000_000
 GRAPH_CALLS = 10
 FORMS = ("correction", "split", "one_call")  # of the patched backend
-
-# The language models by kind: hidden, intermediate, heads, KV heads, global KV heads.
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_global_key_value_heads",
-)
-_EXPERTS = {
-    "enable_moe_block": True,
-    "num_experts": 128,
-    "top_k_experts": 8,
-    "moe_intermediate_size": 704,
-}
-TEXTS: dict[str, dict[str, Any]] = {
-    "31b": dict(zip(_SIZES, (5376, 21504, 32, 16, 4), strict=True)),
-    "26b": dict(zip(_SIZES, (2816, 2112, 16, 8, 2), strict=True)) | _EXPERTS,
-}
-LAYER_TYPES = ["sliding_attention"] * 5 + ["full_attention"]
-WORKLOADS = [(1, 15900, 4), (2, 7900, 4), (8, 1900, 3)]  # requests, tokens, images
-IMAGE_SIZE = (960, 672)  # 280 soft tokens
-DECODES, CONTEXT, NEW_TOKENS = (1, 8, 64), 2000, 64
 
 
 @dataclasses.dataclass
@@ -133,32 +107,25 @@ def causal_cases() -> list[Case]:
     return found
 
 
-def write_checkpoint(
-    path: str, text: Mapping[str, Any], vision: Mapping[str, Any] | None = None
-) -> str:
-    """Write a Gemma4 checkpoint without weights, of ``text`` and a tiny tower.
-
-    Values of ``vision`` replace the tower's.
-    """
-    ids = tiny_gemma4._save_processor(Path(path), 280)
-    text = {"max_position_embeddings": 131072, "sliding_window": WINDOW, **text}
-    sections = {"text": text, "vision": vision or {}}
-    config = tiny_gemma4._config("31b", ids, 280, "bfloat16", sections)
-    config.save_pretrained(path)
-    return path
-
-
 @functools.cache
 def layer_config(sizes: tuple[int, ...], page: int, eager: bool) -> Any:
-    """The ``VllmConfig`` of a model all of whose layers have these ``_SIZES``."""
+    """The ``VllmConfig`` of a model; sizes are heads, KV heads and head size."""
     from vllm.engine.arg_utils import EngineArgs
 
-    *shape, head_size = sizes
-    text = dict(zip(_SIZES, (1024, 1024, *shape, shape[-1]), strict=True))
-    text |= {"head_dim": head_size, "global_head_dim": head_size}
+    heads, kv_heads, head_size = sizes
+    text = {
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_global_key_value_heads": kv_heads,
+        "head_dim": head_size,
+        "global_head_dim": head_size,
+        "sliding_window": WINDOW,
+    }
     with tempfile.TemporaryDirectory() as path, demo.quiet():
         return EngineArgs(
-            model=write_checkpoint(path, text),
+            model=real_gemma4.write(path, "31b", text),
             dtype="bfloat16",
             block_size=page,
             max_model_len=16384,
@@ -501,219 +468,6 @@ def bench_layer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     table(records, *(("variant", "case") if args.decode else ("case", "variant")))
 
 
-def fill(model: Any) -> None:
-    """Replace dummy weights, all but zero, by some that keep values of order one.
-
-    Else most layers see zeros, and all tokens go to the same experts.
-    """
-    for name, value in model.state_dict().items():
-        if not value.is_floating_point():
-            continue
-        # By its name: the trees' towers have different ones.
-        torch.manual_seed(zlib.crc32(name.encode()))
-        if value.ndim >= 2:
-            value.normal_(0, value.shape[-1] ** -0.5)
-        else:
-            # Attention is not scaled by the head size.
-            narrow = name.endswith(("q_norm.weight", "k_norm.weight"))
-            value.fill_(0.5 if narrow else 1.0)
-
-
-def _layers(model: Any) -> list[str]:
-    """Window, head size, backend and version of the kinds of attention layers."""
-    found: dict[str, None] = {}
-    for module in model.modules():
-        if hasattr(module, "impl") and hasattr(module, "attn_backend"):
-            text = f"window {module.sliding_window}, head size {module.head_size}:"
-            text += f" {module.attn_backend.get_name()}"
-            for impl in module.impl.get_impl_variants():
-                if version := getattr(impl, "vllm_flash_attn_version", None):
-                    text += f" FA{version}"
-            found[text] = None
-    return list(found)
-
-
-class Engine:
-    """An engine in this process. Its language model's forward and tower are timed."""
-
-    def __init__(self, checkpoint: str, args: argparse.Namespace) -> None:
-        from vllm import LLM
-
-        names = ("backend", "flash_attn_version")
-        attention = {name: getattr(args, name) for name in names if getattr(args, name)}
-        arguments: dict[str, Any] = {
-            "model": checkpoint,
-            "dtype": "bfloat16",
-            "load_format": "dummy",
-            "max_num_batched_tokens": 16384,
-            "max_model_len": 16384,
-            "max_num_seqs": 8,
-            "enable_prefix_caching": False,
-            "enforce_eager": True,
-            "limit_mm_per_prompt": {"image": 4, "video": 0, "audio": 0},
-            "attention_config": attention,
-        }
-        if args.decode:
-            arguments |= {
-                "max_num_seqs": max(DECODES),
-                "language_model_only": True,
-                "enforce_eager": False,
-                # Compiling what is around attention would only take time.
-                "compilation_config": {
-                    "mode": 0,
-                    "cudagraph_mode": "FULL_DECODE_ONLY",
-                    "cudagraph_capture_sizes": list(DECODES),
-                },
-            }
-        elif args.tower == "compiled":
-            arguments |= {
-                "enforce_eager": False,
-                "compilation_config": {
-                    "cudagraph_mode": "NONE",
-                    "compile_mm_encoder": True,
-                },
-            }
-        self.llm = LLM(**arguments)
-        self.model: Any = None
-        self.llm.apply_model(lambda model: setattr(self, "model", model))
-        with torch.inference_mode():
-            fill(self.model)
-        self.steps: list[tuple[int, float]] = []
-        self.towers: list[float] = []
-        self.encode_again = args.tower is not None
-        if not args.decode:
-            self._time_forward()
-
-    def _time_forward(self) -> None:
-        """Note milliseconds of each forward, with its tokens, and of the tower."""
-        forward, embed = self.model.forward, self.model.embed_multimodal
-
-        def timed(function: Callable[..., Any], kwargs: Any) -> tuple[Any, float]:
-            _synchronize()
-            begin = time.perf_counter()
-            result = function(**kwargs)
-            _synchronize()
-            return result, 1e3 * (time.perf_counter() - begin)
-
-        def timed_forward(**kwargs: Any) -> Any:
-            result, milliseconds = timed(forward, kwargs)
-            self.steps.append((kwargs["positions"].shape[-1], milliseconds))
-            return result
-
-        def timed_embed(**kwargs: Any) -> Any:
-            result, milliseconds = timed(embed, kwargs)
-            self.towers.append(milliseconds)
-            # Random weights make like features of all patches, for the same experts.
-            return [torch.randn_like(item) for item in result]
-
-        self.model.forward, self.model.embed_multimodal = timed_forward, timed_embed
-
-    def generate(self, requests: list[Any], tokens: int) -> None:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        self.llm.generate(requests, params, use_tqdm=False)
-
-    def prefill(self, requests: list[Any], tokens: int) -> tuple[float, float]:
-        """Milliseconds for prompts of ``tokens`` in all: language model and tower."""
-        self.steps.clear()
-        self.towers.clear()
-        if self.encode_again:
-            self.llm.llm_engine.engine_core.reset_encoder_cache()
-        self.generate(requests, 1)
-        found = [milliseconds for size, milliseconds in self.steps if size >= tokens]
-        if len(found) != 1:
-            raise RuntimeError(f"no single step of {tokens} tokens: {self.steps}")
-        return found[0], sum(self.towers)
-
-    def decode(self, requests: list[Any]) -> float:
-        """Milliseconds of a step of the engine; in most of them all decode."""
-        engine, stamps = self.llm.llm_engine, []
-        step = engine.step
-
-        def stamped() -> Any:
-            result = step()
-            stamps.append(time.perf_counter())
-            return result
-
-        with mock.patch.object(engine, "step", stamped):
-            self.generate(requests, NEW_TOKENS)
-        return 1e3 * float(np.median(np.diff(stamps)))
-
-
-def _text(tokens: int, seed: int) -> dict[str, Any]:
-    ids = np.random.default_rng(seed).integers(300, 350, tokens)
-    return {"prompt_token_ids": ids.tolist()}
-
-
-def _with_images(tokens: int, images: int, image_id: int, seed: int) -> dict[str, Any]:
-    """A prompt that has ``tokens`` when each image's token has become 282."""
-    from PIL import Image
-
-    ids = _text(tokens - 282 * images, seed)["prompt_token_ids"]
-    for at in np.linspace(0, len(ids), images + 2, dtype=int)[-2:0:-1]:
-        ids.insert(int(at), image_id)
-    seeds = range(seed * images, (seed + 1) * images)
-    pictures = [Image.fromarray(demo.picture(*IMAGE_SIZE, seed=s)) for s in seeds]
-    return {"prompt_token_ids": ids, "multi_modal_data": {"image": pictures}}
-
-
-def bench_engine(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Time steps of a language model of real width, on the tree that is importable."""
-    types = (LAYER_TYPES * args.layers)[: args.layers]
-    text = {"head_dim": 256, "global_head_dim": 512, **TEXTS[args.kind]}
-    text |= {"num_hidden_layers": args.layers, "layer_types": types}
-    if args.write is not None:
-        write_checkpoint(args.write, text)
-        return
-    if args.unpatched:
-        sys.path.insert(0, str(unpatched.unpatched_tree()))
-    import vllm
-
-    patched = importlib.util.find_spec("vllm.v1.attention.mm_prefix") is not None
-    tree = "patched" if patched else "unpatched"
-    print(f"{tree}: vLLM from {Path(vllm.__file__).parents[1]}", flush=True)
-    print(f"{args.kind}, {args.layers} layers: starting the engine ...", flush=True)
-    # Both models have the same tower.
-    vision = None if args.tower is None else TOWERS["26b"]
-    with tempfile.TemporaryDirectory() as path, demo.quiet():
-        engine = Engine(write_checkpoint(path, text, vision), args)
-        image_id = engine.llm.get_tokenizer().convert_tokens_to_ids("<|image|>")
-    layers = _layers(engine.model)
-    print("\n".join([*layers, "", "milliseconds"]), flush=True)
-    more = {"tree": tree, "kind": args.kind, "layers": args.layers, "attention": layers}
-    more["tower"] = args.tower
-    runs: dict[str, Callable[[], Any]]
-    if args.decode:
-        batches = {
-            f"{rows} at {CONTEXT}": [_text(CONTEXT, seed) for seed in range(rows)]
-            for rows in DECODES
-        }
-        runs = {k: functools.partial(engine.decode, v) for k, v in batches.items()}
-        by_turns(runs, 1)
-        for case, samples in by_turns(runs, args.repeat).items():
-            yield report("decode", case, samples) | more
-        return
-    for rows, tokens, images in WORKLOADS:
-        case = f"{rows} x {tokens}, {images} images"
-        print(case, flush=True)
-        text_only = [_text(tokens, seed) for seed in range(rows)]
-        mixed = [_with_images(tokens, images, image_id, s) for s in range(rows)]
-        runs = {
-            "text": functools.partial(engine.prefill, text_only, rows * tokens),
-            "images": functools.partial(engine.prefill, mixed, rows * tokens),
-        }
-        by_turns(runs, 2)
-        samples = by_turns(runs, args.repeat)
-        text_ms, (model_ms, tower_ms) = samples["text"][:, 0], samples["images"].T
-        ratio = float(np.median(model_ms) / np.median(text_ms))
-        yield report(case, "text", text_ms) | more
-        yield report(case, "images", model_ms, ratio=round(ratio, 3)) | more
-        if args.tower is not None:
-            yield report(case, "tower", tower_ms) | more
-            yield report(case, "images and tower", model_ms + tower_ms) | more
-
-
 def _features(requests: Sequence[Request]) -> dict[str, list[Any]]:
     """The images of each request as the scheduler describes them, by request id."""
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -800,8 +554,6 @@ def _versions(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one level of the benchmark; return the exit status."""
-    # The engine's model is timed, so it has to live here.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     parser = argparse.ArgumentParser(
@@ -809,10 +561,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     levels = parser.add_subparsers(dest="level", required=True)
     layer = levels.add_parser("layer", help="one layer's prefill in all its forms")
-    engine = levels.add_parser("engine", help="one step of a whole language model")
     builder = levels.add_parser("builder", help="the host's part of a step")
-    benches = {layer: (bench_layer, 30), engine: (bench_engine, 7)}
-    for level, (bench, repeat) in {**benches, builder: (bench_builder, 50)}.items():
+    benches = {layer: (bench_layer, 30), builder: (bench_builder, 50)}
+    for level, (bench, repeat) in benches.items():
         level.set_defaults(bench=bench)
         level.add_argument("--json", type=Path, help="append the records to this file")
         level.add_argument("--repeat", type=int, default=repeat, help="runs of each")
@@ -825,18 +576,6 @@ def main(argv: list[str] | None = None) -> int:
     layer.add_argument("--cases", type=_cases, default=",".join(cases()), help=help)
     help = "causal attention only, decodes in CUDA graphs"
     layer.add_argument("--decode", action="store_true", help=help)
-    engine.add_argument("--kind", choices=sorted(TEXTS), default="31b")
-    engine.add_argument("--layers", type=int, default=12)
-    help = "only write the checkpoint, without weights, to this folder"
-    engine.add_argument("--write", metavar="FOLDER", help=help)
-    help = "time a tower of real width, too"
-    engine.add_argument("--tower", choices=("eager", "compiled"), help=help)
-    engine.add_argument("--backend", help="of attention, for example TRITON_ATTN")
-    engine.add_argument("--flash-attn-version", type=int, choices=(2, 3, 4))
-    help = "text only, decoding in CUDA graphs"
-    engine.add_argument("--decode", action="store_true", help=help)
-    help = "the release's tree instead of the importable one"
-    engine.add_argument("--unpatched", action="store_true", help=help)
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     args.device = "cuda" if cuda else "cpu"

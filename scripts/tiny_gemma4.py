@@ -91,16 +91,33 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def _save_processor(path: Path, soft_tokens: int) -> dict[str, int]:
-    """Write tokenizer, processor and chat template; return ids by token."""
-    from transformers import GemmaTokenizer
-    from transformers.models.gemma4 import (
-        Gemma4AudioFeatureExtractor,
-        Gemma4ImageProcessor,
-        Gemma4Processor,
-        Gemma4VideoProcessor,
-    )
+def save_processor(
+    path: Path, soft_tokens: int, unified: bool = False
+) -> dict[str, int]:
+    """Write tokenizer, processor and chat template.
 
+    Args:
+        path: The directory.
+        soft_tokens: Most tokens of an image.
+        unified: For the checkpoints without a tower.
+
+    Returns:
+        Ids by token.
+    """
+    from transformers import GemmaTokenizer
+    from transformers.models import gemma4, gemma4_unified
+
+    parts = {
+        name: getattr(gemma4_unified, f"Gemma4Unified{name}")
+        if unified
+        else getattr(gemma4, f"Gemma4{name}")
+        for name in (
+            "AudioFeatureExtractor",
+            "ImageProcessor",
+            "Processor",
+            "VideoProcessor",
+        )
+    }
     vocabulary, merges = _vocabulary()
     tokenizer = GemmaTokenizer(
         vocab=vocabulary,
@@ -109,13 +126,13 @@ def _save_processor(path: Path, soft_tokens: int) -> dict[str, int]:
         model_max_length=131072,
         extra_special_tokens=dict(_NAMED_TOKENS),
     )
-    processor = Gemma4Processor(
-        feature_extractor=Gemma4AudioFeatureExtractor(),
-        image_processor=Gemma4ImageProcessor(
+    processor = parts["Processor"](
+        feature_extractor=parts["AudioFeatureExtractor"](),
+        image_processor=parts["ImageProcessor"](
             max_soft_tokens=soft_tokens, do_normalize=False
         ),
         tokenizer=tokenizer,
-        video_processor=Gemma4VideoProcessor(),
+        video_processor=parts["VideoProcessor"](),
         chat_template=_CHAT_TEMPLATE,
         image_seq_length=soft_tokens,
     )
@@ -128,15 +145,23 @@ def _save_processor(path: Path, soft_tokens: int) -> dict[str, int]:
     return vocabulary
 
 
-def _config(
+def config(
     kind: str,
     ids: Mapping[str, int],
     soft_tokens: int,
     dtype: str,
     overrides: Mapping[str, Mapping[str, Any]],
 ) -> Any:
-    """The ``Gemma4Config`` of ``kind``, each section updated from ``overrides``."""
-    from transformers import Gemma4Config
+    """Return the configuration of a kind.
+
+    Args:
+        kind: One of ``KINDS``, or ``"12b"``: the layout of 31B without a tower.
+        ids: By token, as ``save_processor`` returns them.
+        soft_tokens: Most tokens of an image.
+        dtype: Of the weights.
+        overrides: Values that replace those of a section, by its name.
+    """
+    from transformers import Gemma4Config, Gemma4UnifiedConfig
 
     small = kind == "e2b"
     text: dict[str, Any] = {
@@ -188,7 +213,12 @@ def _config(
             "output_proj_dims": 96,
             "dtype": dtype,
         } | dict(overrides.get("audio", {}))
-    return Gemma4Config(
+    unified = kind == "12b"
+    if unified:
+        for name in ("vocab_size_per_layer_input", "hidden_size_per_layer_input"):
+            del text[name]
+        vision = {"num_soft_tokens": soft_tokens, "mm_embed_dim": text["hidden_size"]}
+    return (Gemma4UnifiedConfig if unified else Gemma4Config)(
         text_config=text | dict(overrides.get("text", {})),
         vision_config=vision | dict(overrides.get("vision", {})),
         audio_config=audio,
@@ -202,7 +232,7 @@ def _config(
         audio_token_id=ids["<|audio|>"],
         eos_token_id=[ids["<eos>"], ids["<turn|>"]],
         vision_soft_tokens_per_image=soft_tokens,
-        architectures=["Gemma4ForConditionalGeneration"],
+        architectures=[f"Gemma4{'Unified' if unified else ''}ForConditionalGeneration"],
         dtype=dtype,
     )
 
@@ -334,10 +364,10 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        ids = _save_processor(partial, soft_tokens)
-        config = _config(kind, ids, soft_tokens, dtype, overrides)
+        ids = save_processor(partial, soft_tokens)
+        values = config(kind, ids, soft_tokens, dtype, overrides)
         with torch.no_grad():
-            model = Gemma4ForConditionalGeneration(config)
+            model = Gemma4ForConditionalGeneration(values)
             _fill(model, seed)
             model.to(getattr(torch, dtype))
         model.generation_config = GenerationConfig(

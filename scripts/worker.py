@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,9 @@ def serve(make: Callable[[], Any], tree: str | None) -> None:
 class Process:
     """Another process that runs ``serve``, and its log."""
 
-    def __init__(self, log: IO[bytes], module: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, log: IO[bytes], module: str, name: str, arguments: Sequence[str]
+    ) -> None:
         self.log = log
         path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
         self.process = subprocess.Popen(
@@ -63,6 +66,8 @@ class Process:
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "HF_HUB_OFFLINE": "1",
+                # Two engines of a tree would write the same files at once.
+                "VLLM_CACHE_ROOT": str(ROOT / "build" / "cache" / f"vllm-{name}"),
                 # One process waits while the other works: it must not spin.
                 "OMP_WAIT_POLICY": "passive",
                 "KMP_BLOCKTIME": "0",
@@ -84,8 +89,12 @@ class Process:
         if not line:
             self.process.wait()
             self.log.seek(0)
-            sys.stderr.write(self.log.read()[-5000:].decode(errors="replace"))
-            raise RuntimeError("an engine died, its log is above")
+            said = self.log.read()[-5000:].decode(errors="replace")
+            sys.stderr.write(said)
+            # The last exception says most: what follows are those of its callers.
+            errors = re.findall(r"(?m)^(?:\(.*?\) )?(?:[\w.]*Error: )(.+)$", said)
+            reason = errors[-1] if errors else f"exit status {self.process.returncode}"
+            raise RuntimeError(f"an engine died, its log is above: {reason}")
         return json.loads(line)
 
     def __call__(self, *request: Any) -> Any:
@@ -97,35 +106,64 @@ class Process:
         return self.answer()
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """End it and what it started, whatever they do."""
+        import psutil
+
+        started: list[Any] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
 
 
 @contextlib.contextmanager
 def engines(
-    module: str, arguments: Mapping[str, Sequence[str]]
+    module: str,
+    arguments: Mapping[str, Sequence[str]],
+    failures: dict[str, str] | None = None,
 ) -> Iterator[dict[str, Process]]:
     """Start processes by name, each with its arguments; end them afterwards.
 
-    One after the other: their loading would fight for the cores.
+    All at once if there are four cores for each, else one after the other: their
+    loading would fight for the cores.
 
     Args:
         module: Runs ``serve`` where ``--serve`` is given.
         arguments: More of its arguments, by name.
+        failures: Where it is given, a process that ends at its start is left out and
+            this says why, by its name.
 
     Raises:
-        RuntimeError: One ended.
+        RuntimeError: One ended, and ``failures`` is not given.
     """
+    at_once = len(os.sched_getaffinity(0)) >= 4 * len(arguments)
     with contextlib.ExitStack() as stack:
-        processes = {}
+        processes: dict[str, Process] = {}
+
+        def wait(name: str) -> None:
+            try:
+                where = processes[name].answer()
+            except RuntimeError as error:
+                if failures is None:
+                    raise
+                failures[name] = str(error)
+                del processes[name]
+                return
+            seconds = time.perf_counter() - begin
+            print(f"{name}: vLLM from {where}, {seconds:.0f} s", flush=True)
+
+        begin = time.perf_counter()
         for name, given in arguments.items():
             log = stack.enter_context(tempfile.TemporaryFile())
             print(f"starting the {name} engine ...", flush=True)
-            begin = time.perf_counter()
-            processes[name] = Process(log, module, given)
+            processes[name] = Process(log, module, name, given)
             stack.callback(processes[name].stop)
-            where = processes[name].answer()
-            seconds = time.perf_counter() - begin
-            print(f"{name}: vLLM from {where}, {seconds:.0f} s", flush=True)
+            if not at_once:
+                wait(name)
+        if at_once:
+            for name in arguments:
+                wait(name)
         yield processes

@@ -1,0 +1,645 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time whole engines of both trees by turns, of real widths with dummy weights.
+
+``step`` runs one prefill step with images and without, language model and tower apart.
+``scaling`` does so for longer and longer prompts, and for more and more images in one.
+``serving`` runs vLLM's own benchmarks of throughput and latency, which make an engine
+of their own else. All trees get the same requests; what they answer greedily is held
+against the release on Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from scripts import demo, real_gemma4, worker
+from scripts.worker import ROOT, Process
+
+FORMS: dict[str, tuple[dict[str, Any], bool]] = {
+    # attention's options, and whether the tree is the release's
+    "release": ({}, True),
+    "triton": ({"backend": "TRITON_ATTN"}, True),
+    "patched": ({}, False),
+    "fa4": ({"backend": "FLASH_ATTN", "flash_attn_version": 4}, False),
+}
+REFERENCE = "triton"  # what greedy tokens are held against
+IMAGE = (672, 960)  # height and width: 280 soft tokens, 282 with begin and end
+SOFT_TOKENS = 280
+VIDEO = (336, 480, 16)  # and frames: 70 soft tokens each
+STEP_TOKENS = 16384
+STEPS = [(1, 15900, 4), (2, 7900, 4), (8, 1900, 3)]  # requests, tokens, images of each
+CONTEXTS = [1024 << i for i in range(8)]
+CONTEXT_SHARE = 0.25  # of a context's tokens are of images
+SHARES = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
+SHARES_CONTEXT = 15900
+PICTURES = 8  # unlike ones
+
+
+def _random(inputs: int, outputs: int, prompts: int) -> list[str]:
+    lengths = ["--random-input-len", str(inputs), "--random-output-len", str(outputs)]
+    return ["--dataset-name", "random", *lengths, "--num-prompts", str(prompts)]
+
+
+def _media(
+    inputs: int, outputs: int, prompts: int, items: int, shape: tuple[int, int, int]
+) -> list[str]:
+    lengths = _random(inputs, outputs, prompts)[2:]
+    is_video = shape[2] > 1
+    limits = {"image": 0 if is_video else items, "video": items if is_video else 0}
+    return [
+        # Without a path, which it does not read, vLLM would take "random".
+        *("--backend", "vllm-chat", "--dataset-name", "random-mm", *lengths),
+        *("--dataset-path", "none"),
+        *("--random-mm-base-items-per-request", str(items)),
+        *("--random-mm-bucket-config", str({shape: 1.0})),
+        *("--random-mm-limit-mm-per-prompt", json.dumps(limits)),
+    ]
+
+
+def _batch(inputs: int, outputs: int, rows: int) -> list[str]:
+    lengths = ["--input-len", str(inputs), "--output-len", str(outputs)]
+    few = ["--num-iters", "3", "--num-iters-warmup", "1"]
+    return [*lengths, "--batch-size", str(rows), *few]
+
+
+def workloads(shrink: int) -> dict[str, tuple[str, list[str]]]:
+    """The benchmark and its options by workload.
+
+    Args:
+        shrink: What lengths and numbers of prompts are divided by.
+    """
+
+    def less(count: int) -> int:
+        return max(count // shrink, 1)
+
+    def throughput(inputs: int, outputs: int, prompts: int) -> tuple[str, list[str]]:
+        lengths = less(inputs), less(outputs), less(prompts)
+        return "throughput", _random(*lengths)
+
+    def latency(inputs: int, outputs: int, rows: int) -> tuple[str, list[str]]:
+        return "latency", _batch(less(inputs), less(outputs), rows)
+
+    def media(prompts: int, each: int, *shape: int) -> tuple[str, list[str]]:
+        height, width, frames = shape
+        lengths = less(256), less(64), less(prompts)
+        return "throughput", _media(*lengths, each, (height, width, frames))
+
+    return {
+        "4,096 in, 16 out": throughput(4096, 16, 32),
+        "8,192 in, 128 out": throughput(8192, 128, 16),
+        "15,872 in, 128 out": throughput(15872, 128, 8),
+        "1,024 in, 1,024 out": throughput(1024, 1024, 32),
+        "256 in, 256 out": throughput(256, 256, 128),
+        "chat, 1 image": media(64, 1, *IMAGE, 1),
+        "chat, 4 images": media(32, 4, *IMAGE, 1),
+        "chat, 1 video": media(16, 1, *VIDEO),
+        "first token of 4,096": latency(4096, 1, 1),
+        "8,192 in, 128 out, alone": latency(8192, 128, 1),
+        "128 in, 128 out, alone": latency(128, 128, 1),
+        "128 in, 128 out, 8 at once": latency(128, 128, 8),
+    }
+
+
+def agreement(found: list[list[int]], expected: list[list[int]]) -> dict[str, int]:
+    """Compare greedy tokens, those of a request a list.
+
+    Returns:
+        The ``requests``, how many ``first`` tokens are equal, the ``tokens`` of all and
+        how many are ``equal`` before the first difference of each request.
+
+    Raises:
+        RuntimeError: They do not answer the same requests.
+    """
+    lengths = [[len(tokens) for tokens in rows] for rows in (found, expected)]
+    if lengths[0] != lengths[1] or not found:
+        raise RuntimeError(f"unlike numbers of tokens: {lengths[0]} and {lengths[1]}")
+    equal = first = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        same = np.asarray(ours) == np.asarray(theirs)
+        first += bool(same[0])
+        equal += int(same.cumprod().sum())
+    count = sum(lengths[0])
+    return {"requests": len(found), "first": first, "tokens": count, "equal": equal}
+
+
+def _text(tokens: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(300, 350, tokens).tolist()
+
+
+def _request(tokens: int, images: int, image_id: int, seed: int) -> dict[str, Any]:
+    """A prompt that has ``tokens`` when each image's token has become 282."""
+    from PIL import Image
+
+    ids = _text(tokens - (SOFT_TOKENS + 2) * images, seed)
+    for at in np.linspace(0, len(ids), images + 2, dtype=int)[-2:0:-1]:
+        ids.insert(int(at), image_id)
+    if not images:
+        return {"prompt_token_ids": ids}
+    height, width = IMAGE
+    seeds = [(seed * images + i) % PICTURES for i in range(images)]
+    known = {s: Image.fromarray(demo.picture(width, height, s)) for s in set(seeds)}
+    return {
+        "prompt_token_ids": ids,
+        "multi_modal_data": {"image": [known[s] for s in seeds]},
+    }
+
+
+def attention_layers(model: Any) -> list[str]:
+    """Window, head size, backend and version of the kinds of attention layers."""
+    found: dict[str, None] = {}
+    for module in model.modules():
+        if hasattr(module, "impl") and hasattr(module, "attn_backend"):
+            text = f"window {module.sliding_window}, head size {module.head_size}:"
+            text += f" {module.attn_backend.get_name()}"
+            for impl in module.impl.get_impl_variants():
+                if version := getattr(impl, "vllm_flash_attn_version", None):
+                    text += f" FA{version}"
+            found[text] = None
+    return list(found)
+
+
+class Engine:
+    """The engine of one tree."""
+
+    def __init__(
+        self, checkpoint: str, form: str, level: str, context: int, kv_gib: int
+    ) -> None:
+        if level == "serving":
+            # As it is served: the engine in a process of its own.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        import torch
+        from vllm import LLM
+
+        self.cuda = torch.cuda.is_available()
+        arguments: dict[str, Any] = {
+            "model": checkpoint,
+            "load_format": "dummy",
+            "dtype": "bfloat16",
+            "max_model_len": context,
+            "max_num_batched_tokens": STEP_TOKENS if self.cuda else 4096,
+            "max_num_seqs": 128,
+            "enable_prefix_caching": False,
+            "limit_mm_per_prompt": {"image": 512, "video": 1, "audio": 0},
+            "attention_config": FORMS[form][0],
+        }
+        if self.cuda:
+            # The other engines use the GPU, too: free memory says nothing.
+            arguments["kv_cache_memory_bytes"] = kv_gib << 30
+            arguments["gpu_memory_utilization"] = 0.1
+        self.llm = LLM(**arguments)
+        self.llm.apply_model(real_gemma4.fill)
+        self.requests = functools.lru_cache(maxsize=4)(self._requests)
+        self.model: Any = None
+        if level == "serving":
+            self.llm.apply_model(real_gemma4.vary_features)
+        else:
+            # It is timed, so it lives here.
+            self.llm.apply_model(lambda model: setattr(self, "model", model))
+
+    @property
+    def config(self) -> Any:
+        return self.llm.llm_engine.vllm_config.model_config
+
+    def layers(self) -> list[str]:
+        found: list[str] = self.llm.apply_model(attention_layers)[0]
+        return found
+
+    def _requests(self, rows: int, tokens: int, images: int) -> list[dict[str, Any]]:
+        image_id = self.config.hf_config.image_token_id
+        return [_request(tokens, images, image_id, seed) for seed in range(rows)]
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def _timed(
+        self, tower: bool
+    ) -> Iterator[tuple[list[tuple[int, float]], list[float]]]:
+        """Note tokens and milliseconds of each forward, and the tower's milliseconds.
+
+        Without ``tower`` that does not run: images have features all the same.
+        """
+        forward, embed = self.model.forward, self.model.embed_multimodal
+        steps: list[tuple[int, float]] = []
+        towers: list[float] = []
+
+        def timed(function: Callable[..., Any], kwargs: Any) -> tuple[Any, float]:
+            self._synchronize()
+            begin = time.perf_counter()
+            result = function(**kwargs)
+            self._synchronize()
+            return result, 1e3 * (time.perf_counter() - begin)
+
+        def timed_forward(**kwargs: Any) -> Any:
+            result, milliseconds = timed(forward, kwargs)
+            steps.append((kwargs["positions"].shape[-1], milliseconds))
+            return result
+
+        def timed_embed(**kwargs: Any) -> Any:
+            if not tower:
+                like = next(self.model.parameters())
+                shape = (SOFT_TOKENS, self.config.hf_text_config.hidden_size)
+                feature = real_gemma4.noise(shape, like.dtype, like.device)
+                return [feature] * len(kwargs["pixel_values"])
+            result, milliseconds = timed(embed, kwargs)
+            towers.append(milliseconds)
+            return real_gemma4.varied(result)
+
+        with (
+            mock.patch.object(self.model, "forward", timed_forward),
+            mock.patch.object(self.model, "embed_multimodal", timed_embed),
+        ):
+            yield steps, towers
+
+    def prefill(
+        self, rows: int, tokens: int, images: int, tower: bool
+    ) -> dict[str, Any]:
+        """Prefill prompts of ``tokens`` with ``images`` each, in one step if they fit.
+
+        Returns:
+            Milliseconds of the ``model`` and of the ``tower``, MiB of memory above what
+            was used before, the number of ``steps`` and each prompt's next token.
+
+        Raises:
+            RuntimeError: Other tokens than those went through the model.
+        """
+        import torch
+        from vllm import SamplingParams
+
+        requests = self.requests(rows, tokens, images)
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        self.llm.llm_engine.engine_core.reset_encoder_cache()
+        before = 0
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        with self._timed(tower) as (steps, towers):
+            outputs = self.llm.generate(requests, params, use_tqdm=False)
+        most = torch.cuda.max_memory_allocated() if self.cuda else 0
+        if not rows * tokens <= sum(size for size, _ in steps) <= rows * tokens + 1024:
+            raise RuntimeError(f"no steps of {rows * tokens} tokens: {steps}")
+        return {
+            "model": sum(milliseconds for _, milliseconds in steps),
+            "tower": sum(towers),
+            "mib": (most - before) / 2**20,
+            "steps": len(steps),
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        }
+
+    def run(
+        self, bench: str, options: list[str], seed: int, greedy: bool
+    ) -> dict[str, Any]:
+        """Run one of vLLM's benchmarks once.
+
+        Returns:
+            ``seconds``, of throughput also ``tokens_per_second`` and ``tokens``; of a
+            ``greedy`` run what was ``answered``.
+        """
+        import vllm
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        module = importlib.import_module(f"vllm.benchmarks.{bench}")
+        parser = FlexibleArgumentParser()
+        module.add_cli_args(parser)
+        answered: list[list[int]] = []
+
+        def greedily(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # Both take them second.
+            params = args[1] if len(args) > 1 else kwargs["sampling_params"]
+            for param in params if isinstance(params, list) else [params]:
+                param.temperature = 0.0
+            outputs = generate(*args, **kwargs)
+            answered[:] = [list(output.outputs[0].token_ids) for output in outputs]
+            return outputs
+
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            make = lambda _: self.llm  # noqa: E731
+            patch = mock.patch.object
+            stack.enter_context(patch(vllm.LLM, "from_engine_args", make))
+            for name in ("generate", "chat") if greedy else ():
+                call = functools.partial(greedily, getattr(self.llm, name))
+                stack.enter_context(patch(self.llm, name, call))
+            out = f"{folder}/out.json"
+            given = [*options, "--model", self.config.model, "--disable-detokenize"]
+            given += ["--max-model-len", str(self.config.max_model_len)]
+            np.random.seed(seed)
+            args = parser.parse_args(
+                [*given, "--seed", str(seed), "--output-json", out]
+            )
+            module.main(args)
+            found = json.loads(Path(out).read_text())
+        if bench == "latency":
+            result = {"seconds": float(np.median(found["latencies"]))}
+        else:
+            if "random-mm" in options:
+                items = args.num_prompts * args.random_mm_base_items_per_request
+                # An image or video of these sizes has more than 200.
+                if found["total_num_tokens"] < 200 * items:
+                    raise RuntimeError(f"there were no {items} items in the prompts")
+            names = ("elapsed_time", "tokens_per_second", "total_num_tokens")
+            seconds, rate, tokens = (found[name] for name in names)
+            result = {"seconds": seconds, "tokens_per_second": rate, "tokens": tokens}
+        return result | ({"answered": answered} if greedy else {})
+
+
+def by_turns(
+    calls: Mapping[str, Callable[[], Any]], least: int, most: int, seconds: float
+) -> dict[str, list[Any]]:
+    """Call each in turn, who goes first alternates; return what they returned.
+
+    There are ``most`` turns, or ``least`` if ``seconds`` have passed.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for turn in range(most):
+        if turn >= least and time.perf_counter() - begin > seconds:
+            break
+        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            found[name].append(calls[name]())
+    return found
+
+
+def spread(samples: list[float]) -> dict[str, Any]:
+    """The median and quartiles of samples, with them."""
+    low, median, high = (float(x) for x in np.percentile(samples, [25, 50, 75]))
+    return {"median": median, "quartiles": [low, high], "samples": samples}
+
+
+Record = dict[str, Any]
+
+
+def _prefills(
+    engines: Mapping[str, Process], repeat: int, seconds: float, *given: Any
+) -> dict[str, tuple[list[dict[str, Any]], dict[str, int] | None]]:
+    """Runs of a prefill by engine, and the agreement of its tokens."""
+    calls = {
+        name: functools.partial(engine, "prefill", *given)
+        for name, engine in engines.items()
+    }
+    by_turns(calls, 1, 1, 0)  # a warm-up
+    found = by_turns(calls, 2, repeat, seconds)
+    tokens = {name: runs[0]["tokens"] for name, runs in found.items()}
+    expected = tokens.get(REFERENCE)
+    return {
+        name: (runs, None if expected is None else agreement(tokens[name], expected))
+        for name, runs in found.items()
+    }
+
+
+def bench_step(
+    engines: Mapping[str, Process], args: argparse.Namespace
+) -> Iterator[Record]:
+    """Time one prefill step, of text alone and with images."""
+    steps = STEPS if args.shrink == 1 else [(1, 600, 2)]
+    for rows, tokens, images in steps:
+        case = f"{rows} x {tokens:,}, {images} images" + (" each" if rows > 1 else "")
+        shape = (rows, tokens)
+        text = _prefills(engines, args.repeat, args.seconds, *shape, 0, False)
+        mixed = _prefills(engines, args.repeat, args.seconds, *shape, images, True)
+        for name in engines:
+            of_text, same_text = text[name]
+            of_mixed, same_mixed = mixed[name]
+            parts = {
+                "text": [run["model"] for run in of_text],
+                "images": [run["model"] for run in of_mixed],
+                "tower": [run["tower"] for run in of_mixed],
+                "images and tower": [run["model"] + run["tower"] for run in of_mixed],
+            }
+            for variant, samples in parts.items():
+                record = {"case": case, "tree": name, "variant": variant}
+                record |= spread(samples)
+                same = same_text if variant == "text" else same_mixed
+                if same is not None and variant != "tower":
+                    record["agreement"] = same
+                yield record
+
+
+def bench_scaling(
+    engines: Mapping[str, Process], args: argparse.Namespace
+) -> Iterator[Record]:
+    """Time prefills of longer contexts and of a larger share of images."""
+    plans: list[tuple[str, float, int, float]] = []
+    for context in CONTEXTS[: 2 if args.shrink > 1 else None]:
+        plans.append(("context", context, context - 8, CONTEXT_SHARE))
+    for share in SHARES:
+        tokens = max(SHARES_CONTEXT // args.shrink, 1500)
+        plans.append(("image_share", share, tokens, share))
+    for axis, x, tokens, share in plans:
+        images = round(share * tokens / (SOFT_TOKENS + 2))
+        if share:
+            images = min(max(images, 1), (tokens - 1) // (SOFT_TOKENS + 2))
+        found = _prefills(engines, args.repeat, args.seconds, 1, tokens, images, False)
+        for name, (runs, same) in found.items():
+            record = {"axis": axis, "x": x, "tree": name, "images": images}
+            record |= spread([run["model"] / 1e3 for run in runs])
+            record["mib"] = max(run["mib"] for run in runs)
+            record["prompt"], record["steps"] = tokens, runs[0]["steps"]
+            if same is not None:
+                record["agreement"] = same
+            yield record
+
+
+def bench_serving(
+    engines: Mapping[str, Process], args: argparse.Namespace
+) -> Iterator[Record]:
+    """Run vLLM's benchmarks; the first run of each is a greedy one, and not timed."""
+    known = workloads(args.shrink)
+    for name in args.workloads or known:
+        yield from serve(engines, name, *known[name], args.repeat)
+
+
+def serve(
+    engines: Mapping[str, Process],
+    workload: str,
+    bench: str,
+    options: list[str],
+    repeat: int,
+) -> Iterator[Record]:
+    """Run a workload by turns."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+    for turn in range(repeat + 1):
+        for name in list(engines) if turn % 2 == 0 else list(engines)[::-1]:
+            found = engines[name]("run", bench, options, turn, turn == 0)
+            runs[name].append(found)
+    unit = "tokens_per_second" if bench == "throughput" else "seconds"
+    answered = {name: found[0].pop("answered") for name, found in runs.items()}
+    for name, found in runs.items():
+        record = {"workload": workload, "bench": bench, "tree": name, "unit": unit}
+        samples = {key: [run[key] for run in found[1:]] for key in found[0]}
+        record |= spread(samples[unit]) | {"samples": samples}
+        if REFERENCE in engines:
+            record["agreement"] = agreement(answered[name], answered[REFERENCE])
+        yield record
+
+
+BENCHES = {"step": bench_step, "scaling": bench_scaling, "serving": bench_serving}
+
+
+def kv_gib(kind: str, layers: int) -> int:
+    """GiB of KV cache: a step's tokens in all layers twice, and at least 8."""
+    heads = real_gemma4.TEXTS[kind]["num_key_value_heads"]
+    step = 2 * 2 * heads * 256 * layers * (STEP_TOKENS + real_gemma4.WINDOW)
+    return max(8, math.ceil(1.5 * step / 2**30))
+
+
+def fitting(kind: str, layers: int, engines: int, gigabytes: float) -> int:
+    """Return how many layers there can be on a GPU, at least a period of them.
+
+    Args:
+        kind: A key of ``real_gemma4.TEXTS``.
+        layers: At most so many.
+        engines: That share the GPU.
+        gigabytes: Its memory, in 1e9.
+    """
+    each = 0.94 * gigabytes / engines
+
+    def needed(count: int) -> float:
+        # Activations of a step, kernels and graphs.
+        rest = 4.5 + kv_gib(kind, count) * 2**30 / 1e9
+        return real_gemma4.gigabytes(kind, count) + rest
+
+    period = real_gemma4.period(kind)
+    while layers > period and needed(layers) > each:
+        layers -= layers % period or period
+    return layers
+
+
+def write_model(kind: str, layers: int, cuda: bool) -> Path:
+    """Write a checkpoint without weights, once; return its folder.
+
+    Args:
+        kind: A key of ``real_gemma4.TEXTS``.
+        layers: Of its language model.
+        cuda: Else it has few tokens and few layers in its tower, for a CPU.
+    """
+    text = real_gemma4.text(kind, layers)
+    # The tokenizer's few are among them, and the latency benchmark's 10,000.
+    text["vocab_size"] = 262144 if cuda else 16384
+    if "hidden_size_per_layer_input" in text:
+        text["vocab_size_per_layer_input"] = text["vocab_size"]
+    tower: dict[str, Any] = dict(real_gemma4.TOWERS[kind])
+    if not cuda and "num_hidden_layers" in tower:
+        tower["num_hidden_layers"] = 2
+    where = "cuda" if cuda else "cpu"
+    folder = ROOT / "build" / "cache" / f"engine-{kind}-{layers}-{where}"
+    with demo.quiet():
+        real_gemma4.write(folder, kind, text, tower)
+    return folder
+
+
+def show(record: Record) -> str:
+    """A record's line."""
+    names = ("workload", "case", "axis", "x", "variant", "tree")
+    what = " ".join(str(record[name]) for name in names if name in record)
+    low, high = record["quartiles"]
+    line = f"{what:<52} {record['median']:>12,.3f} {low:>12,.3f} to {high:<12,.3f}"
+    if same := record.get("agreement"):
+        line += f" {same['first']} of {same['requests']} first tokens"
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark and print its lines; return the exit status."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_engine", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("level", choices=sorted(BENCHES), nargs="?")
+    parser.add_argument("--kind", choices=sorted(real_gemma4.TEXTS), default="26b")
+    help = "of the language model at most (default: 12, on CPU 1); fewer if no more fit"
+    parser.add_argument("--layers", type=int, help=help)
+    help = "some of the workloads of serving, separated by semicolons"
+    parser.add_argument("--workloads", type=lambda text: text.split(";"), help=help)
+    help = "divide lengths and prompts by this (default: 1, 64 on CPU)"
+    parser.add_argument("--shrink", type=int, help=help)
+    help = "runs of each (default: 3 of a workload, 9 of a prefill)"
+    parser.add_argument("--repeat", type=int, help=help)
+    help = "after so long a prefill has no more runs, but two (default: 6)"
+    parser.add_argument("--seconds", type=float, default=6, help=help)
+    help = f"of {', '.join(FORMS)} (default: the first three, on CPU two of them)"
+    parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
+    parser.add_argument("--json", type=Path, help="append the records to this file")
+    for hidden in ("--checkpoint", "--form", "--tree", "--context", "--kv"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.serve:
+        sizes = int(args.context), int(args.kv)
+        given = (args.checkpoint, args.form, args.level)
+        make = functools.partial(Engine, *given, *sizes)
+        worker.serve(make, args.tree)
+        return 0
+    if args.level is None:
+        parser.error(f"there are {', '.join(sorted(BENCHES))}")
+
+    import torch
+
+    from scripts import unpatched
+
+    cuda = torch.cuda.is_available()
+    args.shrink = args.shrink or (1 if cuda else 64)
+    args.repeat = args.repeat or (3 if args.level == "serving" else 9)
+    forms = args.forms or (list(FORMS)[:3] if cuda else ["release", "patched"])
+    unknown = set(forms) - set(FORMS)
+    unknown |= set(args.workloads or ()) - set(workloads(1))
+    if unknown:
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    layers = args.layers or (12 if cuda else 1)
+    device = "cpu"
+    if cuda:
+        gpu = torch.cuda.get_device_properties(0)
+        device = gpu.name
+        layers = fitting(args.kind, layers, len(forms), gpu.total_memory / 1e9)
+    context = CONTEXTS[-1] if args.level == "scaling" and cuda else STEP_TOKENS
+    about = {"kind": args.kind, "layers": layers, "dtype": "bfloat16"}
+    about["device"] = device
+    try:
+        checkpoint = write_model(args.kind, layers, cuda)
+        arguments = {}
+        for name in forms:
+            arguments[name] = [args.level, "--checkpoint", str(checkpoint)]
+            arguments[name] += ["--form", name]
+            arguments[name] += ["--context", str(context)]
+            arguments[name] += ["--kv", str(kv_gib(args.kind, layers))]
+            if FORMS[name][1]:
+                arguments[name] += ["--tree", str(unpatched.unpatched_tree())]
+        with worker.engines("scripts.bench_engine", arguments) as engines:
+            attention = {name: engine("layers") for name, engine in engines.items()}
+            for name, kinds in attention.items():
+                print(f"{name}: {'; '.join(kinds)}")
+            print(f"\n{args.kind}, {layers} layers\n", flush=True)
+            for record in BENCHES[args.level](engines, args):
+                record |= about | {"attention": attention[record["tree"]]}
+                print(show(record), flush=True)
+                if args.json is not None:
+                    with args.json.open("a") as out:
+                        out.write(json.dumps(record) + "\n")
+    except (OSError, RuntimeError) as error:
+        print(f"bench_engine: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

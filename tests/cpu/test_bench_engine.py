@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine benchmark: what it asks of vLLM, and what it makes of the answers."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from scripts import bench_engine, real_gemma4
+
+
+@pytest.mark.parametrize("shrink", [1, 64, 100_000])
+@pytest.mark.parametrize("name", bench_engine.workloads(1))
+def test_workloads_are_options_of_vllm(name: str, shrink: int) -> None:
+    bench, options = bench_engine.workloads(shrink)[name]
+    parser = FlexibleArgumentParser()
+    importlib.import_module(f"vllm.benchmarks.{bench}").add_cli_args(parser)
+    args = parser.parse_args([*options, "--model", "none"])
+    if bench == "throughput":
+        from vllm.benchmarks.throughput import validate_args
+
+        validate_args(args)
+        assert args.dataset_name == ("random-mm" if "chat" in name else "random")
+    if bench == "latency":
+        lengths = args.input_len, args.output_len, args.batch_size
+    else:
+        lengths = args.random_input_len, args.random_output_len, args.num_prompts
+    assert min(lengths) >= 1
+    assert lengths[0] + lengths[1] <= bench_engine.STEP_TOKENS
+    if "chat" in name:
+        kind = "video" if "video" in name else "image"
+        limits = args.random_mm_limit_mm_per_prompt
+        assert limits.pop(kind) == args.random_mm_base_items_per_request
+        assert list(limits.values()) == [0]
+        shapes = {"image": (*bench_engine.IMAGE, 1), "video": bench_engine.VIDEO}
+        assert args.random_mm_bucket_config == {shapes[kind]: 1.0}
+
+
+class FakeEngine:
+    """Answers like an engine: the first time is slow."""
+
+    def __init__(self, tokens: list[list[int]]) -> None:
+        self.seeds: list[int] = []
+        self.tokens = tokens
+
+    def __call__(
+        self, method: str, bench: str, options: list[str], seed: int, greedy: bool
+    ) -> dict[str, Any]:
+        self.seeds.append(seed)
+        found: dict[str, Any] = {"seconds": 100.0 if seed == 0 else float(seed)}
+        assert greedy == (seed == 0)
+        return found | ({"answered": self.tokens} if greedy else {})
+
+
+def test_serving_leaves_the_warm_up_out() -> None:
+    engines = {
+        "triton": FakeEngine([[1, 2, 3], [4, 5, 6]]),
+        "patched": FakeEngine([[1, 2, 9], [9, 5, 6]]),
+    }
+    records = list(bench_engine.serve(engines, "a", "latency", [], 3))  # type: ignore[arg-type]
+    assert [record["tree"] for record in records] == ["triton", "patched"]
+    for record in records:
+        assert record["samples"] == {"seconds": [1.0, 2.0, 3.0]}
+        assert record["median"] == 2.0
+    counts = {"requests": 2, "tokens": 6}
+    assert records[0]["agreement"] == counts | {"first": 2, "equal": 6}
+    assert records[1]["agreement"] == counts | {"first": 1, "equal": 2}
+    # No prompt is seen twice.
+    assert all(engine.seeds == [0, 1, 2, 3] for engine in engines.values())
+
+
+def test_agreement_is_of_the_same_requests() -> None:
+    for found in ([], [[1]], [[1], [2, 3]]):
+        with pytest.raises(RuntimeError, match="unlike numbers of tokens"):
+            bench_engine.agreement(found, [[1], [2]] if found else [])
+
+
+@pytest.mark.parametrize(("least", "seconds", "turns"), [(2, 0, 2), (2, 60, 5)])
+def test_turns(least: int, seconds: float, turns: int) -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    bench_engine.by_turns(calls, least, 5, seconds)
+    assert "".join(order) == "abba" * (turns // 2) + "ab" * (turns % 2)
+
+
+@pytest.mark.parametrize("kind", real_gemma4.TEXTS)
+def test_layers_that_fit(kind: str) -> None:
+    whole = real_gemma4.TEXTS[kind]["num_hidden_layers"]
+    assert bench_engine.fitting(kind, whole, 1, 1000) == whole
+    few = bench_engine.fitting(kind, whole, 4, 80)
+    period = real_gemma4.period(kind)
+    assert few == whole or few % period == 0
+    assert bench_engine.fitting(kind, whole, 4, 1) == period
+    # With what it says it is about as large as its name.
+    sizes = {"e2b": 10.2, "e4b": 16, "12b": 24, "26b": 52, "31b": 62}
+    assert real_gemma4.gigabytes(kind, whole) == pytest.approx(sizes[kind], rel=0.1)
+
+
+@pytest.mark.parametrize("kind", real_gemma4.TEXTS)
+def test_checkpoint(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    text = real_gemma4.text(kind)
+    real_gemma4.write(tmp_path, kind, text, real_gemma4.TOWERS[kind])
+    config = AutoConfig.from_pretrained(tmp_path)
+    sliding = config.text_config.per_layer_config[0]
+    for name, value in real_gemma4.TEXTS[kind].items():
+        if not name.startswith(("global", "num_global")):
+            assert getattr(sliding, name) == value, name
+    last = config.text_config.per_layer_config[text["num_hidden_layers"] - 1]
+    assert last.head_dim == 512
+    wanted = real_gemma4.TEXTS[kind]["num_global_key_value_heads"]
+    assert last.num_key_value_heads == (wanted or sliding.num_key_value_heads)
+    for name, value in real_gemma4.TOWERS[kind].items():
+        assert getattr(config.vision_config, name) == value
+    types = config.text_config.layer_types
+    assert len(types) == text["num_hidden_layers"]
+    assert types[-1] == "full_attention"
+    assert types.count("full_attention") == len(types) // real_gemma4.period(kind)
+    images = None if kind.startswith("e") else "vision"
+    assert config.text_config.use_bidirectional_attention == images
+    unified = config.architectures == ["Gemma4UnifiedForConditionalGeneration"]
+    assert unified == (kind == "12b")
+
+
+def test_requests_have_the_tokens() -> None:
+    image = 7
+    made = bench_engine._request(1000, 3, image, seed=2)
+    ids = made["prompt_token_ids"]
+    assert ids.count(image) == 3
+    assert len(ids) + 3 * (bench_engine.SOFT_TOKENS + 1) == 1000
+    assert len(made["multi_modal_data"]["image"]) == 3
+    assert image not in (ids[0], ids[-1])
+    assert "multi_modal_data" not in bench_engine._request(1000, 0, image, seed=2)
+
+
+@pytest.mark.slow
+def test_both_trees_run(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    given = ["--kind", "e2b", "--layers", "1", "--repeat", "2", "--json", str(out)]
+    assert bench_engine.main(["step", *given]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {record["tree"] for record in records} == {"release", "patched"}
+    assert len(records) == 8
+    assert all(record["median"] > 0 for record in records)
