@@ -92,7 +92,9 @@ class Process:
             said = self.log.read()[-5000:].decode(errors="replace")
             sys.stderr.write(said)
             # The last exception says most: what follows are those of its callers.
-            errors = re.findall(r"(?m)^(?:\(.*?\) )?(?:[\w.]*Error: )(.+)$", said)
+            errors = re.findall(
+                r"(?m)^(?:\(.*?\) )?(?:[\w.]*(?:Error|Exception): )(.+)$", said
+            )
             reason = errors[-1] if errors else f"exit status {self.process.returncode}"
             raise RuntimeError(f"an engine died, its log is above: {reason}")
         return json.loads(line)

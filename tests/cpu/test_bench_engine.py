@@ -49,18 +49,22 @@ class FakeEngine:
     def __call__(
         self, method: str, bench: str, options: list[str], seed: int, greedy: bool
     ) -> dict[str, Any]:
+        turn = len(self.seeds)
         self.seeds.append(seed)
-        found: dict[str, Any] = {"seconds": 100.0 if seed == 0 else float(seed)}
-        assert greedy == (seed == 0)
+        found: dict[str, Any] = {"seconds": 100.0 if turn == 0 else float(turn)}
+        assert greedy == (turn == 0)
         return found | ({"answered": self.tokens} if greedy else {})
 
 
-def test_serving_leaves_the_warm_up_out() -> None:
+@pytest.mark.parametrize("images", [False, True])
+def test_serving_leaves_the_warm_up_out(images: bool) -> None:
     engines = {
         "triton": FakeEngine([[1, 2, 3], [4, 5, 6]]),
         "patched": FakeEngine([[1, 2, 9], [9, 5, 6]]),
     }
-    records = list(bench_engine.serve(engines, "a", "latency", [], 3))  # type: ignore[arg-type]
+    options = ["random-mm"] if images else []
+    given: Any = (engines, "a", "latency", options, 3)
+    records = list(bench_engine.serve(*given))
     assert [record["tree"] for record in records] == ["triton", "patched"]
     for record in records:
         assert record["samples"] == {"seconds": [1.0, 2.0, 3.0]}
@@ -68,8 +72,9 @@ def test_serving_leaves_the_warm_up_out() -> None:
     counts = {"requests": 2, "tokens": 6}
     assert records[0]["agreement"] == counts | {"first": 2, "equal": 6}
     assert records[1]["agreement"] == counts | {"first": 1, "equal": 2}
-    # No prompt is seen twice.
-    assert all(engine.seeds == [0, 1, 2, 3] for engine in engines.values())
+    # No image is seen twice.
+    seeds = [0, 1, 2, 3] if images else [0] * 4
+    assert all(engine.seeds == seeds for engine in engines.values())
 
 
 def test_agreement_is_of_the_same_requests() -> None:
