@@ -1,502 +1,486 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time Gemma4's vision tower, unpatched against patched, in one run.
+"""Time and check Gemma4's vision tower: the release, the patched tree and its peers.
 
-The release and each form of the patched tree have a process of their own with a whole
-engine: a vision tower of real width cut to a few layers over a tiny language model, the
-same weights in all. What the engine hands to its encoder for a request is recorded and
-given to it again and again, by turns in the one process and the others.
+The release and each form of the patched tree have an engine in a process of its own
+(``bench_encoder``), the same weights in all. They encode every batch by turns, in the
+one process and the others. Hugging Face's tower takes what the release's encoder got:
+as peers that are timed, and in float32 as what all features are compared with
+(``bench_peers``). ``--scale`` follows one axis instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import json
 import os
-import re
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 from scripts import demo, worker
+from scripts.bench_encoder import (
+    BATCHES,
+    FORMS,
+    SCALES,
+    Engine,
+    checked_items,
+    images_of,
+    quantize,
+)
+from scripts.bench_peers import PEERS, REFERENCE, Peer
+from scripts.real_gemma4 import TOWERS
 from scripts.worker import ROOT, Process
 
-TOWERS: dict[str, dict[str, int]] = {
-    "26b": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 72,
-        "num_hidden_layers": 27,
-    },
-    "e2b": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "head_dim": 64,
-        "num_hidden_layers": 16,
-    },
+CACHE = ROOT / "build" / "cache"
+# The language model is not timed; what it has would be compiled with the tower.
+TEXT = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "max_position_embeddings": 131072,
 }
-FORMS = {  # of the patched tree
-    "eager": "as vLLM runs it if it is told nothing",
-    "compiled": "compile_mm_encoder",
-    "captured": "compile_mm_encoder and cudagraph_mm_encoder",
-    "fp8": "compiled, linear layers in FP8, a scale a channel and token",
-    "tp2": "compiled, weights shared by two GPUs",
-    "data2": "compiled, images shared by two GPUs",
-}
-FORMS_OF_ONE_GPU = ("eager", "compiled", "captured")
-KERNELS = {  # of a GPU, by their names
-    "attention": re.compile("flash|fmha|attention|_attn", re.IGNORECASE),
-    "GEMM": re.compile("gemm|nvjet|xmma|cutlass|cublas", re.IGNORECASE),
-    "element-wise": re.compile(
-        "triton|elementwise|norm|reduce|gelu|rotary|cat|clamp|copy"
-    ),
-}
-# Width and height that the processor makes so many patches of: 17 x 16, 40 x 6 and
-# 33 x 33 cells of nine for 280 and 1120 soft tokens, 7 x 10 for the 70 of a frame.
-_PATCHES = {2448: (816, 768), 2160: (1968, 336), 9801: (1600, 1600), 630: (336, 480)}
-_MIXED = [(768, 768), (1600, 400), (300, 900), (640, 480)] * 2
+KINDS = ("26b", "e2b")
+# What a run takes, if nothing else is said; the release is always there.
+GPU_FORMS = (*PEERS, "eager", "compiled", "captured")
+CPU_FORMS = ("hf-sdpa", "eager")
+SCALE_FORMS = ("eager", "compiled")
+NEED_GPUS = dict.fromkeys(("hf-flash", "captured", "fp8", "fa2", "fa3", "fa4"), 1)
+NEED_GPUS |= {"flashinfer": 1, "tp2": 2, "data2": 2}
+SLOW_ON_CPU = ("8 x 280", "32 x 280")
+# Of a point of an axis so many items are compared with the reference.
+SCALE_CHECKED = 4
+# What a run is nothing without.
+REQUIRED = ("unpatched", REFERENCE, "eager")
 
 
-def batches() -> dict[str, demo.Example]:
-    """The batches by name: items x soft tokens of each at most."""
+class Group:
+    """The processes that are measured by turns.
 
-    def images(*sizes: tuple[int, int], soft_tokens: int | None = None) -> Any:
-        # No two alike, in all batches: an engine encodes what it knows only once.
-        seed = len(found) * 100
-        pictures = [demo.picture(*size, seed=seed + i) for i, size in enumerate(sizes)]
-        return pictures, None, soft_tokens
-
-    found: dict[str, Any] = {}
-    found["1 x 280"] = images(_PATCHES[2448])
-    found["8 x 280 mixed"] = images(*_MIXED)
-    found["8 x 280"] = images(*[_PATCHES[2160]] * 8)
-    found["32 x 280"] = images(*[_PATCHES[2160]] * 32)
-    found["32 x 70 video"] = (), demo.moving_picture(32, *_PATCHES[630], seed=8)
-    found["1 x 1120"] = images(_PATCHES[9801], soft_tokens=1120)
-    return {name: demo.Example(name, "", *items) for name, items in found.items()}
-
-
-def _peak_rss() -> Callable[[], float]:
-    """Start over counting this process's peak memory; return a reader in MiB."""
-    with contextlib.suppress(AttributeError, OSError):
-        # What the last run freed and the allocator kept would hide this one's need.
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # not every container lets one
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def read() -> float:
-        status = Path("/proc/self/status").read_text()
-        fields = dict(line.split(":", 1) for line in status.splitlines())
-        return int(fields["VmHWM"].split()[0]) / 1024
-
-    return read
-
-
-def quantize(checkpoint: Path) -> Path:
-    """Write a copy of ``checkpoint`` with FP8 linear layers in the tower's encoder.
-
-    In the format of compressed-tensors: vLLM itself quantizes only towers whose sizes
-    are multiples of 64, and 26B's MLP has 4304.
+    Args:
+        processes: By form. ``unpatched`` is the release, ``REFERENCE`` is not timed.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
 
-    target = checkpoint.with_name(f"{checkpoint.name}-fp8")
-    written = shutil.ignore_patterns("model.safetensors", "config.json")
-    shutil.copytree(checkpoint, target, ignore=written, dirs_exist_ok=True)
-    tensors = load_file(checkpoint / "model.safetensors")
-    for name in list(tensors):
-        if not re.search(r"vision_tower\.encoder\..*_proj\.linear\.weight$", name):
-            continue
-        weight = tensors[name].float()
-        scale = weight.abs().amax(dim=1, keepdim=True) / 448
-        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale"] = scale
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    numbers = {"num_bits": 8, "type": "float", "symmetric": True}
-    group = {
-        "targets": [r"re:.*vision_tower\.encoder\..*_proj"],
-        "weights": numbers | {"strategy": "channel", "dynamic": False},
-        "input_activations": numbers | {"strategy": "token", "dynamic": True},
-    }
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "config_groups": {"group_0": group},
-    }
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+    def __init__(self, processes: dict[str, Process]) -> None:
+        self.processes = processes
+        self.ended: dict[str, dict[str, Any]] = {}
 
+    @property
+    def engines(self) -> list[str]:
+        """The forms that are not Hugging Face's."""
+        others = (*PEERS, REFERENCE)
+        return [name for name in self.processes if name not in others]
 
-class Encoder:
-    """Records what a vLLM worker hands to its encoder, to give it again and again."""
+    def ask(self, name: str, *request: Any) -> dict[str, Any]:
+        """Ask one; ``skipped`` says why if that ended it.
 
-    def __init__(self, worker: Any, form: str) -> None:
-        self.model = worker.get_model()
-        self.owner, self.method = self.model, "embed_multimodal"
-        if form == "captured":
-            from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
-
-            self.owner, self.method = EncoderCudaGraphManager, "execute"
-        self.calls: list[Callable[[], Any]] = []
-        self.features: list[Any] = []
-        self.compiled = self._compilations()
-
-    def is_quantized(self) -> bool:
-        layer = self.model.vision_tower.encoder.layers[0]
-        size: int = layer.mlp.down_proj.weight.dtype.itemsize
-        return size == 1
-
-    @staticmethod
-    def _compilations() -> int:
-        from vllm.compilation.counter import compilation_counter
-
-        seen: int = compilation_counter.num_graphs_seen
-        return seen
-
-    def start(self) -> None:
-        """Record from now on."""
-        self.calls, self.features = [], []
-        self.patch = mock.patch.object(self.owner, self.method, self._recorder())
-        self.patch.start()
-
-    def _recorder(self) -> Callable[..., Any]:
-        encode = getattr(self.owner, self.method)
-
-        def record(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append(functools.partial(encode, *args, **kwargs))
-            result = encode(*args, **kwargs)
-            if result is None:
-                raise RuntimeError("no CUDA graph has room for this batch")
-            self.features.extend(item.float().cpu() for item in result)
-            return result
-
-        return record
-
-    def stop(self, out: str) -> int:
-        """Record no more; save the features to ``out``, return how many items."""
-        import torch
-
-        self.patch.stop()
-        items = len(self.features)
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            np.save(out, torch.cat(self.features).numpy())
-        self.features = []
-        return items
-
-    def run(self) -> dict[str, float]:
-        """Encode the batch once: seconds, and MiB of memory above what was used."""
-        import torch
-
-        cuda = torch.cuda.is_available()
-        if cuda:
-            if torch.distributed.get_world_size() > 1:
-                torch.distributed.barrier()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() / 2**20
-        else:
-            peak = _peak_rss()
-            before = peak()
-        with torch.inference_mode():
-            start = time.perf_counter()
-            results = [call() for call in self.calls]
-            if cuda:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        del results
-        most = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak()
-        recompiled = self._compilations() - self.compiled
-        if recompiled:
-            raise RuntimeError(f"{recompiled} graphs were compiled after start-up")
-        return {"seconds": seconds, "mib": most - before, "peak_mib": most}
-
-    def profile(self) -> dict[str, Any]:
-        """Where the GPU's time goes in one run, in microseconds.
-
-        ``kinds`` are sums of kernels, with the time between them; ``kernels`` the ones
-        that took longest, with their calls.
+        Raises:
+            RuntimeError: It ended, and is one of ``REQUIRED``.
         """
-        import torch
+        try:
+            if name in self.ended:
+                return self.ended[name]
+            answer: dict[str, Any] = self.processes[name](*request)
+        except RuntimeError as error:
+            if name in REQUIRED:
+                raise
+            self.processes.pop(name).stop()
+            self.ended[name] = answer = {"skipped": reason(str(error))}
+        return answer
 
-        profiler = torch.profiler
-        with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
-            self.run()
-        kinds: dict[str, float] = dict.fromkeys((*KERNELS, "other", "gaps"), 0.0)
-        kernels: dict[str, list[float]] = {}
-        spans = []
-        for event in profile.events():
-            if event.device_type != torch.autograd.DeviceType.CUDA:
-                continue
-            start, end = event.time_range.start, event.time_range.end
-            spans.append((start, end))
-            found = (
-                kind for kind, known in KERNELS.items() if known.search(event.name)
-            )
-            kinds[next(found, "other")] += end - start
-            kernels.setdefault(event.name, []).append(end - start)
-        whole = max(end for _, end in spans) - min(start for start, _ in spans)
-        kinds["gaps"] = whole - sum(end - start for start, end in spans)
-        slowest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:14]
-        top = [(name[:90], len(times), sum(times)) for name, times in slowest]
-        return {"kinds": kinds, "kernels": top}
+    def prepare(self, batch: str, folder: Path, most: int) -> dict[str, dict[str, Any]]:
+        """Have all encode a batch; return what they say, by form.
+
+        Features go to ``folder``; ``most`` is how many items are checked.
+        """
+        inputs = str(folder / "inputs.pt")
+
+        def encode(name: str) -> dict[str, Any]:
+            out = str(folder / f"{name}.npz")
+            saved = inputs if name == "unpatched" else ""
+            return self.ask(name, "prepare", batch, out, saved, most)
+
+        def follow(name: str) -> dict[str, Any]:
+            return self.ask(name, "prepare", inputs, str(folder / f"{name}.npz"))
+
+        names, engines = list(self.processes), self.engines
+        peers = [name for name in names if name not in engines]
+        with ThreadPoolExecutor(at_once()) as pool:
+            answers = dict(zip(engines, pool.map(encode, engines), strict=True))
+            answers |= zip(peers, pool.map(follow, peers), strict=True)
+        return {name: answers[name] for name in names} | self.ended
+
+    def turns(
+        self, names: Sequence[str], least: int, most: int, seconds: float
+    ) -> dict[str, list[dict[str, float]]]:
+        """Run each ``most`` times, or ``least`` times and for so many seconds."""
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for turn in range(most):
+            left = [
+                name
+                for name in names
+                if name not in self.ended
+                and (turn < least or sum(r["seconds"] for r in runs[name]) < seconds)
+            ]
+            # Who goes first alternates, too.
+            for name in left if turn % 2 == 0 else left[::-1]:
+                time.sleep(0.02)
+                runs[name].append(self.ask(name, "run"))
+        return runs
 
 
-def _attach(worker: Any, form: str) -> None:
-    worker.bench = Encoder(worker, form)
+def at_once() -> int:
+    """How many processes may load or prepare at a time: two cores each."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def _ask(worker: Any, method: str, *arguments: Any) -> Any:
-    return getattr(worker.bench, method)(*arguments)
+@contextlib.contextmanager
+def started(
+    arguments: dict[str, list[str]], failures: dict[str, str]
+) -> Iterator[Group]:
+    """Start processes by form, as many at once as there are cores for.
+
+    Args:
+        arguments: Of each process.
+        failures: Gets the reason of each that did not start.
+
+    Raises:
+        RuntimeError: One of ``REQUIRED`` did not.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str) -> dict[str, Process]:
+            own: dict[str, str] = {}
+            given = {name: arguments[name]}
+            engines = worker.engines("scripts.bench_tower", given, own)
+            found: dict[str, Process] = stack.enter_context(engines)
+            failures.update((name, reason(text)) for name, text in own.items())
+            return found
+
+        processes: dict[str, Process] = {}
+        with ThreadPoolExecutor(at_once()) as pool:
+            for found in pool.map(start, arguments):
+                processes |= found
+        for name in REQUIRED:
+            if name in failures:
+                raise RuntimeError(f"{name}: {failures[name]}")
+        yield Group(processes)
 
 
-class Engine:
-    """The engine of one tree, in this process."""
+def reason(text: str) -> str:
+    """What ended a process, in a line."""
+    return text.rpartition("its log is above: ")[2].splitlines()[0][:200]
 
-    def __init__(self, checkpoint: Path, dtype: str, form: str, images: int) -> None:
-        import torch
-        from vllm import LLM
 
-        tokens = max(8192, 320 * images)
-        arguments = demo.engine_arguments(
-            checkpoint,
-            dtype=dtype,
-            max_model_len=tokens,
-            max_num_batched_tokens=tokens,
-            limit_mm_per_prompt={"image": images, "video": 1, "audio": 0},
-        )
-        if torch.cuda.is_available():
-            arguments["gpu_memory_utilization"] = 0.2
-            # The other engines use the GPU, too, so free memory says nothing.
-            arguments["kv_cache_memory_bytes"] = 4 << 30
-            # Nothing of the tiny language model is worth a warm-up.
-            arguments["attention_config"] = {"backend": "TRITON_ATTN"}
-            arguments["kernel_config"] = {"enable_flashinfer_autotune": False}
-        if form != "eager":
-            arguments["enforce_eager"] = False
-            arguments["compilation_config"] = {
-                "cudagraph_mode": "NONE",
-                "compile_mm_encoder": True,
-                "cudagraph_mm_encoder": form == "captured",
-            }
-        if form in ("tp2", "data2"):
-            arguments["tensor_parallel_size"] = 2
-            mode = "data" if form == "data2" else "weights"
-            arguments["mm_encoder_tp_mode"] = mode
-        self.llm = LLM(**arguments)
-        self.llm.collective_rpc(_attach, args=(form,))
-        if form == "fp8" and not all(self.ask("is_quantized")):
-            raise RuntimeError("vLLM left this tower unquantized")
+def load(path: Path) -> list[np.ndarray]:
+    """The features that ``bench_peers.save`` wrote."""
+    with np.load(path) as saved:
+        return [saved[f"arr_{i}"] for i in range(len(saved.files))]
 
-    def ask(self, method: str, *arguments: Any) -> list[Any]:
-        results: list[Any] = self.llm.collective_rpc(_ask, args=(method, *arguments))
-        return results
 
-    def prepare(self, batch: str, out: str) -> dict[str, Any]:
-        """Record what is encoded for ``batch``; save its features to ``out``."""
-        from vllm import SamplingParams
+def errors(
+    features: Sequence[np.ndarray], reference: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """How far features are from the reference's.
 
-        example = batches()[batch]
-        self.ask("start")
-        sampling = SamplingParams(max_tokens=1)
-        self.llm.generate(example.request(), sampling, use_tqdm=False)
-        items = self.ask("stop", out)[0]
-        if items != max(len(example.images), 1):
-            raise RuntimeError(f"{items} items were encoded for {batch}")
-        return {"items": items}
+    Args:
+        features: [soft tokens, text width] an item.
+        reference: The same items.
 
-    def run(self) -> dict[str, float]:
-        """As the slowest rank, and the one that takes the most memory."""
-        results = self.ask("run")
-        return {key: max(result[key] for result in results) for key in results[0]}
+    Returns:
+        ``error``, the root of the mean square of the difference over that of the
+        reference, and ``max_error``, the largest difference.
 
-    def profile(self) -> Any:
-        return self.ask("profile")[0]
+    Raises:
+        RuntimeError: Shapes differ, or something is not a number or all zero.
+    """
+    shapes = [[item.shape for item in items] for items in (features, reference)]
+    if shapes[0] != shapes[1]:
+        raise RuntimeError(f"features are {shapes[0]}, the reference {shapes[1]}")
+    found, wanted = (
+        np.concatenate(x).astype(np.float64) for x in (features, reference)
+    )
+    difference = found - wanted
+    if not np.isfinite(difference).all() or not wanted.any():
+        raise RuntimeError("features are not finite, or the reference is zero")
+    ratio = np.mean(difference**2) / np.mean(wanted**2)
+    return {"error": float(ratio**0.5), "max_error": float(np.abs(difference).max())}
+
+
+def measure(
+    group: Group,
+    batch: str,
+    folder: Path,
+    *,
+    least: int,
+    most: int,
+    seconds: float,
+    checked: int,
+) -> list[dict[str, Any]]:
+    """Measure a batch by turns; return one record for each form.
+
+    Args:
+        group: The processes.
+        batch: What ``example`` takes.
+        folder: For their features.
+        least: How often each form runs, at least.
+        most: And at most.
+        seconds: After so many a form does not run again.
+        checked: How many items are compared with the reference.
+
+    Returns:
+        By ``tree``: ``items`` and ``soft_tokens`` of the batch and how many
+        ``checked_items``, ``median``, ``quartiles`` and all ``seconds``, the most
+        ``mib`` and ``peak_mib`` of a run, ``error`` and ``max_error``, and of the
+        patched tree its ``attention``; or why it was ``skipped``.
+
+    Raises:
+        RuntimeError: Forms had other inputs than the release, or other shapes.
+    """
+    answers = group.prepare(batch, folder, checked)
+    truth = answers.pop(REFERENCE)
+    if "skipped" in truth:
+        raise RuntimeError(f"there is no reference for {batch}: {truth['skipped']}")
+    records = [
+        {"tree": name, "skipped": answer["skipped"]}
+        for name, answer in answers.items()
+        if "skipped" in answer
+    ]
+    release, reference = answers["unpatched"], load(folder / f"{REFERENCE}.npz")
+    lengths = release["lengths"]
+    items = checked_items(len(lengths), checked)
+    names = [name for name in answers if "skipped" not in answers[name]]
+    for name in names:
+        for what in ("lengths", "digest"):
+            if (found := answers[name].get(what, release[what])) != release[what]:
+                raise RuntimeError(
+                    f"{batch}: {what} of {name} {found}, not {release[what]}"
+                )
+    for name, runs in group.turns(names, least, most, seconds).items():
+        if died := [run["skipped"] for run in runs if "skipped" in run]:
+            records.append({"tree": name, "skipped": died[0]})
+            continue
+        times = [run["seconds"] for run in runs]
+        low, median, high = np.percentile(times, [25, 50, 75])
+        features = load(folder / f"{name}.npz")
+        record = {
+            "tree": name,
+            "items": len(lengths),
+            "soft_tokens": sum(lengths),
+            "checked_items": len(items),
+            "median": float(median),
+            "quartiles": [float(low), float(high)],
+            "mib": max(run["mib"] for run in runs),
+            "peak_mib": max(run["peak_mib"] for run in runs),
+            **errors([features[item] for item in items], reference),
+            "seconds": times,
+        }
+        if attention := answers[name].get("attention"):
+            record["attention"] = attention
+        records.append(record)
+    return records
+
+
+def scaled(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """A record of ``measure`` as one of the level of scaling."""
+    axis, _, x = name.partition(" ")
+    record = {"axis": axis, "x": int(x)} | record
+    if "seconds" in record:
+        record["samples"] = record.pop("seconds")
+    return record
+
+
+def show(name: str, record: dict[str, Any], release: float) -> None:
+    """Print a record in a line of the table; ``release`` is its median there."""
+    line = f"{name:<15} {record['tree']:<10}"
+    if "skipped" in record:
+        print(f"{line} skipped: {record['skipped']}", flush=True)
+        return
+    low, high = (1e3 * value for value in record["quartiles"])
+    print(
+        f"{line} {1e3 * record['median']:>10.1f} {low:>9.1f}-{high:<9.1f}"
+        f" {record['mib']:>7.0f} {record['error']:>8.1e} {record['max_error']:>8.1e}"
+        f" {release / record['median']:>6.2f}x",
+        flush=True,
+    )
+    if "kinds" in record:
+        layers = record["layers"]
+        texts = [f"{kind} {us / layers:.1f}" for kind, us in record["kinds"].items()]
+        print("    us a layer: " + ", ".join(texts))
+        for kernel, calls, us in record["kernels"]:
+            print(f"      {us / layers:>8.1f} {calls:>5} {kernel}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_tower", description=__doc__.splitlines()[0]
+    )
+
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    add = parser.add_argument
+    add("--kind", choices=KINDS, default="26b")
+    add("--layers", type=int, help="default: 1 on CPU, all on CUDA")
+    add("--batch", choices=list(BATCHES), action="append")
+    add("--scale", choices=list(SCALES), help="follow this instead of batches")
+    add("--points", type=words, help="of --scale, separated by commas")
+    add(
+        "--repeat", type=int, help="most runs of a form (default: 3 on CPU, 21 on CUDA)"
+    )
+    help = "a form and batch; there are five runs in any case, three of --scale"
+    add("--seconds", type=float, default=1.5, help=help)
+    add("--dtype", choices=("float32", "bfloat16"))
+    known = "; ".join(f"{name}: {what}" for name, what in (PEERS | FORMS).items())
+    add("--forms", type=words, help=f"besides the release ({known})")
+    help = "also print where a GPU's time goes, a layer"
+    add("--profile", action="store_true", help=help)
+    add("--json", type=Path, help="append the records to this file")
+    add("--patched", type=Path, help="instead of the importable tree")
+    for hidden in ("--checkpoint", "--tree", "--images"):
+        add(hidden, help=argparse.SUPPRESS)
+    add("--serve", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> None:
+    form, checkpoint = args.forms[0], Path(args.checkpoint)
+    if form in (*PEERS, REFERENCE):
+        make: Callable[[], Any] = functools.partial(Peer, checkpoint, args.dtype, form)
+    else:
+        given = (checkpoint, args.dtype, form, int(args.images))
+        make = functools.partial(Engine, *given)
+    try:
+        worker.serve(make, args.tree)
+    except Exception:
+        # Not by PyTorch's hook, which puts a rank before the line that says what it
+        # was; and an engine's threads might go on.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _arguments(
-    checkpoint: Path, dtype: str, trees: dict[str, Path | None], images: int
+    checkpoint: Path,
+    dtype: str,
+    forms: Sequence[str],
+    images: int,
+    patched: Path | None,
 ) -> dict[str, list[str]]:
-    """What each tree's process is started with."""
-    found = {}
-    for name, tree in trees.items():
-        form = name if name in FORMS else "eager"
-        own = quantize(checkpoint) if form == "fp8" else checkpoint
+    """What each form's process is started with."""
+    from scripts import unpatched
+
+    release, found = unpatched.unpatched_tree(), {}
+    for name in ("unpatched", *forms, REFERENCE):
+        own = quantize(checkpoint) if name == "fp8" else checkpoint
+        form = "eager" if name == "unpatched" else name
         found[name] = ["--checkpoint", str(own), "--dtype", dtype]
         found[name] += ["--forms", form, "--images", str(images)]
+        tree = patched if name in FORMS else release
         if tree is not None:
             found[name] += ["--tree", str(tree)]
     return found
 
 
-def measure(
-    processes: dict[str, Process], batch: str, repeat: int, directory: Path
-) -> list[dict[str, Any]]:
-    """Measure one batch by turns; return one record for each tree.
-
-    A record has the times in seconds, their median and quartiles, the largest
-    memory of a run in MiB above what was used before it, and of the features'
-    difference from the unpatched tree's the largest and, by the root of the mean
-    square, that relative to the features.
-    """
-    prepared = {}
-    for name, process in processes.items():
-        prepared[name] = process("prepare", batch, str(directory / f"{name}.npy"))
-        process("run")
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
-    for turn in range(repeat):
-        # Who goes first alternates, too.
-        names = list(processes) if turn % 2 == 0 else list(processes)[::-1]
-        for name in names:
-            time.sleep(0.05)
-            samples[name].append(processes[name]("run"))
-    before = np.load(directory / "unpatched.npy")
-    records = []
-    for name, runs in samples.items():
-        seconds = sorted(run["seconds"] for run in runs)
-        low, median, high = np.percentile(seconds, [25, 50, 75])
-        features = np.load(directory / f"{name}.npy")
-        difference = features - before
-        records.append(
-            {
-                "batch": batch,
-                "tree": name,
-                **prepared[name],
-                "soft_tokens": len(features),
-                "median": float(median),
-                "quartiles": [float(low), float(high)],
-                "mib": max(run["mib"] for run in runs),
-                "peak_mib": max(run["peak_mib"] for run in runs),
-                "difference": float(np.abs(difference).max()),
-                "relative": float(np.sqrt(np.mean(difference**2) / np.mean(before**2))),
-                "seconds": [run["seconds"] for run in runs],
-            }
-        )
-    return records
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark and print its table; return the exit status."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_tower", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--kind", choices=sorted(TOWERS), default="26b")
-    parser.add_argument("--layers", type=int, help="default: 1 on CPU, all on CUDA")
-    parser.add_argument("--batch", choices=sorted(batches()), action="append")
-    parser.add_argument(
-        "--repeat",
-        type=int,
-        help="runs a tree and batch (default: 3 on CPU, 21 on CUDA)",
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    known_forms = "; ".join(f"{name}: {what}" for name, what in FORMS.items())
-    help = f"of the patched tree, default: eager, on CUDA two more ({known_forms})"
-    parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
-    help = "also print where a GPU's time goes, a layer"
-    parser.add_argument("--profile", action="store_true", help=help)
-    parser.add_argument("--json", type=Path, help="append the records to this file")
-    parser.add_argument("--patched", type=Path, help="instead of the importable tree")
-    for hidden in ("--checkpoint", "--tree", "--images"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.serve:
-        # By its name, so that the workers of several GPUs find it.
-        from scripts import bench_tower
-
-        images = int(args.images)
-        form = args.forms[0]
-        given = (Path(args.checkpoint), args.dtype, form, images)
-        worker.serve(functools.partial(bench_tower.Engine, *given), args.tree)
+        _serve(args)
         return 0
-    if unknown := set(args.forms or ()) - FORMS.keys():
-        parser.error(f"no form {', '.join(sorted(unknown))}")
 
     import torch
 
-    from scripts import tiny_gemma4, unpatched
+    from scripts import tiny_gemma4
 
-    cuda = torch.cuda.is_available()
-    dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    repeat = args.repeat or (21 if cuda else 3)
-    known = batches()
-    chosen = args.batch or [
-        name for name in known if cuda or name not in ("8 x 280", "32 x 280")
-    ]
-    images = max(len(known[name].images) for name in chosen)
-    layers = args.layers or (TOWERS[args.kind]["num_hidden_layers"] if cuda else 1)
-    tower = TOWERS[args.kind] | {"num_hidden_layers": layers}
-    name = f"bench{tiny_gemma4.RECIPE_VERSION}-{args.kind}-{layers}-{dtype}"
+    gpus = torch.cuda.device_count()
+    forms = args.forms or (GPU_FORMS if gpus else CPU_FORMS)
+    points: Sequence[Any] = ()
+    if args.scale:
+        forms = args.forms or SCALE_FORMS
+        points = args.points or SCALES[args.scale][0 if gpus else 1]
+    if unknown := set(forms) - (FORMS | PEERS).keys():
+        parser.error(f"no form {', '.join(sorted(unknown))}")
+    # They would be timed with the items that are checked only.
+    if args.scale and (args.batch or set(forms) & PEERS.keys()):
+        parser.error("--scale has batches of its own, and no peers")
+    names = [f"{args.scale} {x}" for x in points] or args.batch
+    names = names or [name for name in BATCHES if gpus or name not in SLOW_ON_CPU]
+    dtype = args.dtype or ("bfloat16" if gpus else "float32")
+    most = args.repeat or (21 if gpus else 3)
+    turns = {"least": min(3 if args.scale else 5, most), "most": most}
+    turns["checked"] = SCALE_CHECKED if args.scale else sys.maxsize
+    tower = dict(TOWERS[args.kind])
+    layers = args.layers or (tower["num_hidden_layers"] if gpus else 1)
+    device = torch.cuda.get_device_name() if gpus else "cpu"
+    about = {"kind": args.kind, "layers": layers, "dtype": dtype, "device": device}
+
+    def keep(name: str, records: list[dict[str, Any]]) -> None:
+        times = {r["tree"]: r["median"] for r in records if "median" in r}
+        for record in records:
+            show(name, record, times.get("unpatched", 0.0))
+        if args.json is not None:
+            with args.json.open("a") as out:
+                out.writelines(json.dumps(record) + "\n" for record in records)
+
+    failures = {
+        form: f"takes {need} GPU{'s' if need > 1 else ''}, there are {gpus or 'none'}"
+        for form in forms
+        if (need := NEED_GPUS.get(form, 0)) > gpus
+    }
+    started_forms = [form for form in forms if form not in failures]
     try:
-        forms = args.forms or (FORMS_OF_ONE_GPU if cuda else ["eager"])
-        trees: dict[str, Path | None] = {"unpatched": unpatched.unpatched_tree()}
-        trees |= dict.fromkeys(forms, args.patched)
         print("building the checkpoint ...", flush=True)
         with demo.quiet():
             checkpoint = tiny_gemma4.build(
-                ROOT / "build" / "cache" / name,
+                CACHE
+                / f"encoder{tiny_gemma4.RECIPE_VERSION}-{args.kind}-{layers}-{dtype}",
                 args.kind,
                 dtype=dtype,
-                text={"num_hidden_layers": 6, "max_position_embeddings": 16384},
-                vision=tower,
+                text=TEXT,
+                vision=tower | {"num_hidden_layers": layers},
             )
-        with (
-            worker.engines(
-                "scripts.bench_tower", _arguments(checkpoint, dtype, trees, images)
-            ) as processes,
-            tempfile.TemporaryDirectory() as directory,
-        ):
-            kind = "GPU memory" if cuda else "resident"
-            device = torch.cuda.get_device_name() if cuda else "cpu"
+        arguments = _arguments(
+            checkpoint, dtype, started_forms, max(map(images_of, names)), args.patched
+        )
+        with started(arguments, failures) as group, tempfile.TemporaryDirectory() as to:
+            memory = "GPU memory" if gpus else "resident"
             print(
-                f"\n{args.kind}, {layers} layers, {dtype},"
-                f" {repeat} runs each; {kind} in MiB above what was used\n"
+                f"\n{args.kind}, {layers} layers, {dtype}, at most {most} runs each;"
+                f" {memory} in MiB above what was used\n"
             )
             print(
                 f"{'batch':<15} {'tree':<10} {'median ms':>10} {'quartiles':>19}"
-                f" {'MiB':>7} {'off by':>8} {'or':>6} {'gain':>7}"
+                f" {'MiB':>7} {'error':>8} {'largest':>8} {'gain':>7}"
             )
-            for batch in chosen:
-                records = measure(processes, batch, repeat, Path(directory))
-                for record in records:
-                    low, high = (1e3 * value for value in record["quartiles"])
-                    print(
-                        f"{batch:<15} {record['tree']:<10}"
-                        f" {1e3 * record['median']:>10.1f}"
-                        f" {low:>9.1f}-{high:<9.1f}"
-                        f" {record['mib']:>7.0f} {record['difference']:>8.1e}"
-                        f" {record['relative']:>6.2%}"
-                        f" {records[0]['median'] / record['median']:>6.2f}x",
-                        flush=True,
-                    )
-                    if args.profile and cuda:
-                        record |= processes[record["tree"]]("profile")
-                        kinds = record["kinds"].items()
-                        texts = [f"{kind} {us / layers:.1f}" for kind, us in kinds]
-                        print("    us a layer: " + ", ".join(texts))
-                        for name, calls, us in record["kernels"]:
-                            print(f"      {us / layers:>8.1f} {calls:>5} {name}")
-                if args.json is not None:
-                    with args.json.open("a") as out:
-                        for record in records:
-                            record |= {"kind": args.kind, "dtype": dtype}
-                            record |= {"layers": layers, "device": device}
-                            out.write(json.dumps(record) + "\n")
+            axis = {"axis": args.scale} if args.scale else {}
+            skipped = [
+                axis | {"kind": args.kind, "tree": form, "skipped": failures[form]}
+                for form in forms
+                if form in failures
+            ]
+            keep("", skipped)
+            for name in names:
+                records = measure(group, name, Path(to), seconds=args.seconds, **turns)
+                for i, record in enumerate(records):
+                    form = record["tree"]
+                    if args.profile and gpus and form in group.engines:
+                        # How it ended is said of the next batch.
+                        profile = group.ask(form, "profile")
+                        record |= {} if "skipped" in profile else profile
+                    at = {"batch": name} | record
+                    records[i] = about | (scaled(record, name) if args.scale else at)
+                keep(name, records)
     except (OSError, RuntimeError) as error:
         print(f"bench_tower: {error}", file=sys.stderr)
         return 1
