@@ -56,7 +56,7 @@ _GPU_TOWER = (
     "--forms",
     "hf-sdpa,hf-flash,eager,compiled,captured,fp8,sdpa,triton,fa2,fa3,fa4,flashinfer",
 )
-_FOUR = ("--forms", "release,triton,patched,fa4")
+_FOUR = ("--forms", "release,triton,patched,fa3")
 _HOST = _job("host", 1, "bench_mm_prefix", "builder")
 JOBS = {
     "cuda": (

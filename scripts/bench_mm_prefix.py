@@ -511,7 +511,7 @@ def bench_builder(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         def build(builder: Any, common: Any) -> None:
             # A batch's other groups of layers would find the first one's segments.
-            common._mm_prefix_segments_cache = None
+            common._mm_prefix_segments_cache.clear()
             builder.build(0, common)
 
         ids, run = list(features), functools.partial
