@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from scripts import console, pins, series
+from scripts import console, pins, plots, report, results, series
 from scripts.apply import open_clone
+from scripts.bench import read
 from scripts.console import BUILD, ROOT, Failure, say
 from scripts.git import Clone, GitError
 from scripts.pins import Release
@@ -32,6 +33,21 @@ STATUS = re.compile(
 ASIDE = re.compile(r"(tests|docs|examples|benchmarks|\.buildkite)/|.*\.md$")
 # What stands for a pre-commit `types` name: the hooks that run here use no other.
 TYPES = {"python": ".py", "pyi": ".pyi", "rust": ".rs", "proto": ".proto"}
+
+# What makes a number one that is measured: its unit. Times over something are "2.5x" or
+# "2.5 times", while "8 x 280" is a batch.
+UNITS = (
+    r"(?:(?:n|u|m|micro|milli)?s(?:econds?)?|min(?:utes?)?|hours?|tok/s|req/s|times|%"
+    r"|[kKMGT]i?B(?:/s)?|[GT]?FLOP(?:/s)?)(?![\w/])"
+)
+NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+# Numbers share the unit that follows the last of them: "20.1 (18.0 to 22.5) ms".
+MEASURED = re.compile(
+    rf"(?<![\w.,])({NUMBER})(?=((?:\)? \(?(?:to |and |or )?{NUMBER})*\)?"
+    rf" ?(?P<unit>{UNITS}))|(?P<times>x)(?!\w))"
+)
+HEAD = re.compile(rf"(?<![\w'/-]){UNITS}")
+EXCEPTION = "<!-- not measured: "
 
 
 @dataclass
@@ -190,6 +206,83 @@ def numbering(files: list[Path]) -> Iterator[str]:
             return
 
 
+def numbers(text: str) -> Iterator[tuple[int, str, str]]:
+    """Find the measured numbers of a text: those with a unit.
+
+    A cell of a table has the unit of its column's head, where it has none itself. A
+    line that ends with a comment `not measured: why` has none.
+
+    Args:
+        text: in Markdown.
+
+    Yields:
+        Lines from 1, numbers without commas and their units.
+    """
+    heads: list[str] = []
+    for at, line in enumerate(text.splitlines(), 1):
+        cells = line.strip().strip("|").split("|") if line.startswith("|") else []
+        units = [found[0] if (found := HEAD.search(head)) else "" for head in heads]
+        if EXCEPTION not in line:
+            for found in MEASURED.finditer(line):
+                yield at, found[1].replace(",", ""), found["unit"] or found["times"]
+            for cell, unit in zip(cells, units, strict=False):
+                if unit and not MEASURED.search(cell):
+                    for number in re.findall(rf"(?<![\w.,]){NUMBER}", cell):
+                        yield at, number.replace(",", ""), unit
+        heads = heads or cells if cells else []
+
+
+def measured(root: Path) -> Iterator[str]:
+    """Find numbers in README.md and docs/ that no benchmark has given.
+
+    Yields:
+        One line a finding.
+    """
+    page = root / "docs" / "benchmarks.md"
+    text = page.read_text() if page.exists() else ""
+    known = {(number, unit) for _, number, unit in numbers(text)}
+    for path in (root / "README.md", *sorted(root.glob("docs/*.md"))):
+        if not path.exists():
+            continue
+        for at, number, unit in numbers(path.read_text()):
+            if (number, unit) not in known:
+                yield (
+                    f"{path.relative_to(root)}:{at}: {number} {unit} is not in "
+                    f"docs/benchmarks.md: say what is, or why with {EXCEPTION}... -->"
+                )
+
+
+def benchmarks(folder: Path) -> Iterator[str]:
+    """Find where a report is not the one that its results give.
+
+    Args:
+        folder: of the results and plots; the text has its name.
+
+    Yields:
+        One line a finding.
+    """
+    page = folder.with_suffix(".md")
+    name = f"{folder.parent.name}/{page.name}"
+    try:
+        lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read(file)]
+        devices = results.latest(lines, folder.name)
+    except Failure as failure:
+        yield str(failure)
+        return
+    if not devices:
+        if page.exists():
+            yield f"{name}: there are no results that it could be of"
+        return
+    if not page.exists() or page.read_text() != report.write(devices):
+        yield f"{name}: not what its results give: run `make report`"
+    wanted = {plot.file for device in devices for plot in plots.figures(device)}
+    there = {path.name for path in folder.glob("*.png")}
+    for file in sorted(wanted - there):
+        yield f"{name}: there is no {folder.name}/{file}: run `make report`"
+    for file in sorted(there - wanted):
+        yield f"{name}: does not show {folder.name}/{file}: remove it"
+
+
 class Lint:
     """Findings so far."""
 
@@ -202,7 +295,7 @@ class Lint:
         print(line, flush=True)
 
     def own(self) -> None:
-        """Check scripts/ and tests/."""
+        """Check scripts/, tests/ and docs/."""
         say("lint: ruff and mypy on scripts/ and tests/")
         where = [name for name in ("scripts", "tests") if (ROOT / name).is_dir()]
         tests = sorted((ROOT / "tests").glob("*/conftest.py"))
@@ -215,6 +308,9 @@ class Lint:
         ):
             for line in _call(command, ROOT):
                 self.report(line)
+        say("lint: docs/benchmarks.md and the numbers of the other texts")
+        for line in (*benchmarks(report.RESULTS), *measured(ROOT)):
+            self.report(line)
 
     def series(self, release: Release) -> None:
         """Check the patches."""

@@ -1,459 +1,650 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make report`: docs/benchmarks.md and its plots, from what `make bench` has kept.
 
-Every number there comes from the results; the texts between them have none.
+Every number there comes from the results, or is one that a pull request of vLLM
+reports; the texts between them have none.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from scripts import console
+from scripts import console, plots
 from scripts.bench import read
-from scripts.console import ROOT, Failure, show
+from scripts.console import ROOT, Failure, say, show
+from scripts.not_better import not_better
+from scripts.pull_request import pull_request
+from scripts.results import (
+    AXES,
+    ENGINE_FORMS,
+    LAYER_FORMS,
+    MODELS,
+    TOWER_FORMS,
+    TOWERS,
+    Device,
+    Record,
+    Run,
+    Spread,
+    by,
+    first_token,
+    fit,
+    kept,
+    known,
+    latest,
+    measured,
+    number,
+    of_bench,
+    prose,
+    rated,
+    split,
+    spread,
+    table,
+)
 
 RESULTS = ROOT / "docs" / "benchmarks"
-
-Record = dict[str, Any]
-
-# What a reader sees for the names in records.
-TREES = {
-    "unpatched": "release",
-    "eager": "patched",
-    "compiled": "compiled",
-    "captured": "captured",
-    "fp8": "compiled, FP8",
-    "tp2": "two GPUs, weights shared",
-    "data2": "two GPUs, images shared",
-}
-WIDTHS = {"26b": "26B-A4B", "31b": "31B", "e2b": "E2B"}
-TOWERS = {"26b": "26B-A4B and 31B", "e2b": "E2B and E4B"}
+# Of a step of the engine.
+PARTS = ("text", "images", "tower", "images and tower")
+# Of a layer's second call, besides the one that is chosen.
+CALLS = ("correction", "split", "one_call")
 
 
-@dataclass(frozen=True)
-class Run:
-    """The results of one job: what it ran on and how, and its records."""
-
-    head: Record
-    records: list[Record]
-
-    @property
-    def command(self) -> str:
-        """For a person to type."""
-        words = [f'"{word}"' if " " in word else word for word in self.head["command"]]
-        return "PYTHONPATH=. $(make -s python) -m " + " ".join(words)
+def commands(device: Device, runs: Sequence[Run]) -> list[str]:
+    """Return what a reader types for what follows, and what was other than said."""
+    lines = [*(f"    {run.command}" for run in runs), ""]
+    stamps = list(dict.fromkeys(run.stamp for run in runs))
+    if stamps != [device.newest.stamp]:
+        lines += [f"Measured {'; '.join(stamps)}.", ""]
+    machines = dict.fromkeys(run.machine for run in runs)
+    if others := [text for text in machines if text != device.newest.machine]:
+        lines += [f"Measured on {'; '.join(others)}.", ""]
+    return lines
 
 
-def device(head: Record) -> str:
-    """Return the GPU's name, or the processor's with its cores."""
-    machine = head["machine"]
-    return str(machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores")
+def figures(device: Device, level: str) -> list[str]:
+    """Return a level's plots."""
+    found = [one for one in plots.figures(device) if one.section == level]
+    lines = [f"![{one.title}]({device.folder}/{one.file})" for one in found]
+    return [line for one in lines for line in (one, "")]
 
 
-def latest(lines: list[Record]) -> dict[str, dict[str, Run]]:
-    """Return the last run of each job, by device and job.
-
-    Of each device, only runs of the release and tree that were measured last: numbers
-    of different ones do not belong in one text.
-
-    Args:
-        lines: those of all files of results.
-
-    Raises:
-        Failure: records come without a line that says what they were made on.
-    """
-    found: dict[str, dict[str, Run]] = {}
-    current: Run | None = None
-    for line in lines:
-        if "command" in line:
-            current = Run(line, [])
-            found.setdefault(device(line), {})[line["job"]] = current
-        elif current is None or line.get("job") != current.head["job"]:
-            raise Failure(
-                f"records of {line.get('job')} do not say what they were made on",
-                "remove them, and `make bench` makes new ones",
-            )
-        else:
-            current.records.append(line)
-    for name, jobs in found.items():
-        newest = max((run.head for run in jobs.values()), key=lambda head: head["time"])
-        found[name] = {
-            job: run
-            for job, run in jobs.items()
-            if all(run.head[key] == newest[key] for key in ("release", "tree"))
-        }
-    return found
+def skipped(runs: Iterable[Run], names: Mapping[str, str]) -> list[str]:
+    """Return what could not run, and why."""
+    found: dict[str, None] = {}
+    for record in (record for run in runs for record in run.records):
+        if "skipped" in record:
+            keys = ("batch", "case", "workload", "axis", "x")
+            what = " ".join(str(record[key]) for key in keys if key in record)
+            form = names.get(record["tree"], record["tree"])
+            where = f"{form}, {what}" if what else form
+            found[f"* {where}: {record['skipped']}"] = None
+    return ["Not run here:", "", *found, ""] if found else []
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def span(record: Record) -> str:
-    """Return a median of seconds with its quartiles, in milliseconds."""
-    low, high = record["quartiles"]
-    return f"{1e3 * record['median']:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})"
-
-
-def runs_of(runs: dict[str, Run], level: str) -> list[Run]:
-    """Return the runs of a level."""
-    return [run for name, run in runs.items() if name.split()[0] == level]
-
-
-def commands(runs: list[Run]) -> list[str]:
-    """Return what a reader types for a section."""
-    return ["", *(f"    {run.command}" for run in runs), ""]
-
-
-def layer(runs: dict[str, Run]) -> list[str]:
-    """One attention layer."""
-    found = runs_of(runs, "layer")
-    if not found:
-        return []
-    cases: dict[str, dict[str, Record]] = {}
-    for run in found:
-        for record in run.records:
-            cases.setdefault(record["case"], {})[record["variant"]] = record
-    versions = [
-        name.split()[0]
-        for name in dict.fromkeys(n for case in cases.values() for n in case)
-        if name.endswith(" chosen")
+def attention(records: Iterable[Record]) -> list[str]:
+    """Return which backends each tree has taken, where records say so."""
+    found = {r["tree"]: "; ".join(r["attention"]) for r in records if "attention" in r}
+    lines = [
+        f"* {ENGINE_FORMS.get(tree, tree)}: {text}" for tree, text in found.items()
     ]
-    heads = ["case"]
-    for version in versions:
-        heads += [f"{version} causal", f"{version} with images", "over causal"]
-    heads += ["`mask_mod` (release)", "Triton (release)", "relative error at most"]
-    rows = []
-    for name, variants in cases.items():
-        row = [name]
-        for version in versions:
-            floor = variants.get(f"{version} floor")
-            chosen = variants.get(f"{version} chosen")
-            row += [microseconds(floor), microseconds(chosen)]
-            row.append(f"{chosen['x_floor']:.2f}" if chosen else "-")
-        row.append(microseconds(variants.get("FA4 mask_mod")))
-        row.append(microseconds(variants.get("Triton ranges")))
-        errors = [
-            record[rows_of]
-            for name, record in variants.items()
-            if name.endswith(" chosen")
-            for rows_of in ("ranges", "rest")
-            if rows_of in record
-        ]
-        rows.append([*row, f"{max(errors):.1e}" if errors else "-"])
+    return ["Attention of the language model:", "", *lines, ""] if lines else []
+
+
+def agreement(found: Record | None) -> list[str]:
+    """Return two cells: first tokens, and tokens before the first difference."""
+    if not found:
+        return ["-", "-"]
     return [
+        f"{found['first']:,} of {found['requests']:,}",
+        f"{found['equal']:,} of {found['tokens']:,}",
+    ]
+
+
+def power(value: float | None) -> str:
+    """Return an error in a cell."""
+    return "-" if value is None else f"{value:.1e}"
+
+
+def size(value: float | None) -> str:
+    """Return mebibytes in a cell."""
+    return "-" if value is None else number(value)
+
+
+def summary(device: Device) -> list[str]:
+    """What a reader gets: the release against the patched tree."""
+    rows: dict[str, list[str]] = {}
+    for find in (_towers_in_short, _steps_in_short, _rates_in_short):
+        for row in find(device):
+            # If several jobs measure the same, the first one counts.
+            rows.setdefault(row[0], row)
+    if not rows:
+        return []
+    return [
+        "## What one gets",
+        "",
+        *prose("""
+            Medians with quartiles; all of it with the commands is below. The tower is
+            not compiled unless it says so, which the release's cannot be.
+        """),
+        *table(["", "release", "patched", "gain"], rows.values()),
+    ]
+
+
+def _gain(what: str, unit: str, release: Spread, patched: Spread) -> list[str]:
+    """A row of the summary, of something of which less is better."""
+    gain = f"{release.median / patched.median:.2f} times as fast"
+    return [what, f"{release} {unit}", f"{patched} {unit}", gain]
+
+
+def _more(what: str, unit: str, release: float, patched: float) -> list[str]:
+    """A row of the summary, of something without a spread."""
+    cells = [f"{number(value)} {unit}" for value in (release, patched)]
+    return [what, *cells, f"{patched / release:.2f} times as much"]
+
+
+def _towers_in_short(device: Device) -> list[list[str]]:
+    rows = []
+    for _, (kind,), records in device.groups("tower", "kind"):
+        batches = split(records, "batch")
+        name = next((name for name in plots.SHOWN if (name,) in batches), None)
+        forms = by(batches[name,], "tree") if name else {}
+        base = forms.get("unpatched")
+        for form, more in (("eager", ""), ("compiled", ", compiled")):
+            if base is None or form not in forms:
+                continue
+            what = f"tower of {TOWERS.get(kind, kind)}, {name}{more}"
+            times = (spread(record, 1e3) for record in (base, forms[form]))
+            rows.append(_gain(what, "ms", *times))
+            if base["mib"] > 0:
+                sizes = base["mib"], forms[form]["mib"]
+                rows.append(_more(f"{what}: memory", "MiB", *sizes))
+    return rows
+
+
+def _steps_in_short(device: Device) -> list[list[str]]:
+    rows = []
+    for _, (kind, case, part), records in device.groups(
+        "step", "kind", "case", "variant"
+    ):
+        forms = by(records, "tree") if part == "images and tower" else {}
+        if {"release", "patched"} <= forms.keys():
+            what = f"step of {MODELS.get(kind, kind)} with its tower, {case}"
+            times = (spread(forms[tree]) for tree in ("release", "patched"))
+            rows.append(_gain(what, "ms", *times))
+    return rows
+
+
+def _rates_in_short(device: Device) -> list[list[str]]:
+    rows = []
+    for _, (kind, load), records in device.groups("rates", "kind", "workload"):
+        trees = [
+            by((r for r in records if r["tree"] == tree), "rate")
+            for tree in ("release", "patched")
+        ]
+        what = f"{MODELS.get(kind, kind)}, {load}"
+        shared = [rate for rate in trees[0] if rate in trees[1]]
+        if None in shared:
+            totals = (tree[None]["output_throughput"] for tree in trees)
+            rows.append(_more(f"{what}, all at once", "tok/s", *totals))
+        best = [kept(tree.values()) for tree in trees]
+        if best[0] is not None and best[1] is not None:
+            row = f"{what}: highest rate kept", "req/s", best[0], best[1]
+            rows.append(_more(*row))
+        if offered := [rate for rate in shared if rate is not None]:
+            # The highest that the release can take.
+            rate = best[0] if best[0] in offered else min(offered)
+            waits = (first_token(tree[rate]) for tree in trees)
+            rows.append(_gain(f"{what}: first token at {rate:g} req/s", "ms", *waits))
+    return rows
+
+
+def layer(device: Device) -> list[str]:
+    """One attention layer."""
+    rows: list[list[str]] = []
+    calls: list[list[str]] = []
+    for (name,), records in split(device.records("layer"), "case").items():
+        variants = by(records, "variant")
+        for variant, record in variants.items():
+            kernel, _, form = variant.partition(" ")
+            if form not in ("chosen", "mask_mod", "ranges"):
+                continue
+            floor = variants.get(f"{kernel} floor")
+            over = f"{record['median'] / floor['median']:.2f}" if floor else "-"
+            rows.append(
+                [
+                    *(name, LAYER_FORMS.get(variant, variant), str(spread(record))),
+                    *(number(floor["median"]) if floor else "-", over),
+                    *(power(record.get(part)) for part in ("ranges", "rest")),
+                    size(record.get("mib")),
+                ]
+            )
+            forced = [variants.get(f"{kernel} {call}") for call in CALLS]
+            if form == "chosen" and any(forced):
+                cells = ["-" if one is None else str(spread(one)) for one in forced]
+                taken = str(record.get("form", "-")).replace("_", " ")
+                calls.append([name, kernel, taken, *cells])
+    if not rows:
+        return []
+    lines = [
         "## One attention layer",
         "",
-        "A prefill's GPU time, microseconds: medians, all forms by turns in one"
-        " process. Causal attention of the same version is what a batch costs without"
-        " images; errors are against dense attention in float32.",
-        *commands(found),
-        *table(heads, rows),
-        "",
+        *prose("""
+            A prefill's GPU time, all forms by turns in one process: medians, with what
+            lies between the lowest and the highest tenth of the samples. Heads, window
+            and lengths of a case are in `cases` of scripts/bench_mm_prefix.py. Causal
+            attention by the same kernel is what the batch costs without images; it
+            computes half of what an image alone needs. Errors are relative to dense
+            attention in float32, of the rows in images and of the others. Decodes are
+            timed in CUDA graphs.
+        """),
+        *commands(device, device.runs("layer")),
+        *table(
+            [
+                *("case", "attention", "us", "causal, us", "times causal"),
+                *("error in images", "error elsewhere", "MiB"),
+            ],
+            rows,
+        ),
     ]
+    if calls:
+        heads = ["case", "attention", "takes"]
+        heads += [f"{call.replace('_', ' ')}, us" for call in CALLS]
+        lines += [
+            *prose("""
+                Each form of the second call when it is forced, and the one that the
+                host's estimate takes:
+            """),
+            *table(heads, calls),
+        ]
+    return lines
 
 
-def microseconds(record: Record | None) -> str:
-    """Return a median that is in microseconds."""
-    return "-" if record is None else f"{record['median']:,.0f}"
-
-
-def tower(runs: dict[str, Run]) -> list[str]:
+def tower(device: Device) -> list[str]:
     """The vision tower."""
-    found = [*runs_of(runs, "tower"), *runs_of(runs, "pair")]
-    if not found:
+    runs = device.runs("tower")
+    if not runs:
         return []
     lines = [
         "## The vision tower",
         "",
-        "Milliseconds with pooling and projection; medians with quartiles, all forms by"
-        " turns in one run. Differences are those of the features from the release's:"
-        " the largest, and the root of the mean square over that of the features.",
-        *commands(found),
+        *prose("""
+            With pooling and projection, all forms of a table by turns in one run, with
+            the same weights and inputs: medians with quartiles. A batch is items x soft
+            tokens of each at most; the shape of an image decides how many patches it
+            has. *Patched* is what vLLM does if it is told nothing, *compiled* has
+            `compile_mm_encoder`, *captured* `cudagraph_mm_encoder` with it; a named
+            attention backend is that of the compiled tower. FP8 is linear layers in
+            compressed-tensors' format with a scale a channel and a token. Transformers
+            is that library's own tower on what the release's encoder gets, with
+            FlashAttention its own unpadding around the kernel that vLLM ships.
+        """),
+        *prose("""
+            Errors are of the features from those of Transformers' tower in float32 with
+            the same weights: the root of the mean square over that of the features, and
+            the largest. Where all is in half precision they are the order in which sums
+            are rounded.
+        """),
+        *prose("""
+            Memory is the peak above what was used before, on a CPU of resident memory,
+            which varies from run to run. A batch of more patches than one call takes
+            goes in several, whose activations are not alive at once. A graph takes its
+            memory when it is captured, before that.
+        """),
+        *prose("""
+            What is behind the differences: a graph also computes what it pads a batch
+            by; FP8 quantizes each token in passes of its own; the clip bounds of E2B
+            and E4B are passes of their own unless compiled; and one image alone may be
+            done before the host has called the next kernel.
+        """),
+        *figures(device, "tower"),
     ]
-    records = [record for run in found for record in run.records]
-    for kind in dict.fromkeys(record["kind"] for record in records):
-        of_kind = [record for record in records if record["kind"] == kind]
-        forms = [form for form in TREES if any(r["tree"] == form for r in of_kind)]
-        batches: dict[str, dict[str, Record]] = {}
-        for record in of_kind:
-            batches.setdefault(record["batch"], {})[record["tree"]] = record
-        about = of_kind[0]
-        lines += [
-            f"### {TOWERS.get(kind, kind)}: {about['layers']} layers, {about['dtype']}",
-            "",
-            *table(
-                ["batch", *(TREES[form] for form in forms)],
-                [
-                    [name, *(span(b[f]) if f in b else "-" for f in forms)]
-                    for name, b in batches.items()
-                ],
-            ),
-            "",
-            "Times as fast as the release, memory above what was used before in MiB,"
-            " and differences:",
-            "",
-            *table(
-                ["batch", *(TREES[form] for form in forms)],
-                [
-                    [name, *(versus(b, form) for form in forms)]
-                    for name, b in batches.items()
-                ],
-            ),
-            "",
-        ]
+    for run in runs:
+        for (kind,), records in split(measured(run.records), "kind").items():
+            about, model = records[0], f"{TOWERS.get(kind, kind)}{run.title}"
+            lines += [
+                f"### {model}: {about['layers']} layers, {about['dtype']}",
+                "",
+                *commands(device, [run]),
+                *_batches(records),
+                *_profile(records),
+            ]
+        lines += skipped([run], TOWER_FORMS)
     return lines
 
 
-def versus(batch: dict[str, Record], form: str) -> str:
-    """Return what a form of the tower gives beside the release, in a cell."""
-    if form not in batch:
-        return "-"
-    record, parts = batch[form], []
-    if form != "unpatched" and "unpatched" in batch:
-        parts.append(f"{batch['unpatched']['median'] / record['median']:.2f}x")
-    parts.append(f"{record['mib']:,.0f} MiB")
-    if form != "unpatched" and "unpatched" in batch:
-        relative = record.get("relative")
-        share = "" if relative is None else f" ({relative:.1%})"
-        parts.append(f"{record['difference']:.1e}{share}")
-    return ", ".join(parts)
+def _batches(records: Sequence[Record]) -> list[str]:
+    """A row for each batch and form of the tower."""
+    rows = []
+    for (batch,), of_batch in split(records, "batch").items():
+        forms = by(of_batch, "tree")
+        base = forms.get("unpatched")
+        for form in known(TOWER_FORMS, of_batch):
+            record = forms[form]
+            backend = record.get("attention") or "-"
+            gain = f"{base['median'] / record['median']:.2f}" if base else "-"
+            rows.append(
+                [
+                    *(batch, TOWER_FORMS.get(form, form), backend),
+                    *(str(spread(record, 1e3)), gain, number(record["mib"])),
+                    *(power(record.get(key)) for key in ("error", "max_error")),
+                ]
+            )
+    heads = ["batch", "form", "attention", "ms", "times as fast as the release"]
+    return table([*heads, "MiB", "error", "largest error"], rows)
 
 
-def step(runs: dict[str, Run]) -> list[str]:
-    """One step of the engine."""
-    found = runs_of(runs, "step")
+def _profile(records: Sequence[Record]) -> list[str]:
+    """Where a GPU's time goes, of the records that have a profile."""
+    found = [record for record in records if record.get("kinds")]
     if not found:
         return []
-    cases: dict[tuple[str, str], dict[tuple[str, str], Record]] = {}
-    for run in found:
-        for record in run.records:
-            case = cases.setdefault((record["kind"], record["case"]), {})
-            case[record["tree"], record["variant"]] = record
+    kinds = list(dict.fromkeys(kind for record in found for kind in record["kinds"]))
+    names = ["between kernels" if kind == "gaps" else kind for kind in kinds]
     rows = []
-    for (kind, name), case in cases.items():
-        row = [WIDTHS.get(kind, kind), name]
-        for tree in ("unpatched", "patched"):
-            for variant in ("text", "images", "tower", "images and tower"):
-                cell = case.get((tree, variant))
-                row.append("-" if cell is None else f"{cell['median']:.0f}")
-        rows.append(row)
-    parts = ("text", "with images", "tower", "all")
-    heads = ["widths", "batch", *(f"release: {part}" for part in parts)]
-    heads += [f"patched: {part}" for part in parts]
+    for record in found:
+        each = {k: number(us / record["layers"]) for k, us in record["kinds"].items()}
+        form = TOWER_FORMS.get(record["tree"], record["tree"])
+        rows.append([record["batch"], form, *(each.get(kind, "-") for kind in kinds)])
+    return [
+        *prose("""
+            Where the time of one run goes, a layer. What is between kernels is mostly
+            before the first: the host checks grids, makes indices and enters compiled
+            code.
+        """),
+        *table(["batch", "form", *(f"{name}, us" for name in names)], rows),
+    ]
+
+
+def of_models(device: Device, level: str) -> Iterator[tuple[list[str], list[Record]]]:
+    """Return a level's records by run, model and layers, with title and command."""
+    for run, (kind, layers), records in device.groups(level, "kind", "layers"):
+        title = f"### {MODELS.get(kind, kind)}{run.title}: {layers} layers"
+        yield [title, "", *commands(device, [run])], records
+
+
+def step(device: Device) -> list[str]:
+    """One step of the engine."""
+    lines: list[str] = []
+    for title, records in of_models(device, "step"):
+        rows = []
+        for (case,), of_case in split(records, "case").items():
+            trees = split(of_case, "tree")
+            for tree in known(ENGINE_FORMS, of_case):
+                parts = by(trees[tree,], "variant")
+                times = [str(spread(parts[p])) if p in parts else "-" for p in PARTS]
+                same = [
+                    agreement(parts.get(part, {}).get("agreement"))
+                    for part in ("text", "images")
+                ]
+                rows.append(
+                    [
+                        *(case, ENGINE_FORMS.get(tree, tree), *times),
+                        *(first for first, _ in same),
+                    ]
+                )
+        heads = ["batch", "tree", "text, ms", "with images, ms", "tower, ms"]
+        heads += ["images and tower, ms", "first tokens of text", "with images"]
+        lines += [*title, *attention(records), *table(heads, rows)]
+    if not lines:
+        return skipped(device.runs("step"), ENGINE_FORMS)
     return [
         "## One step of the engine",
         "",
-        "A prefill of as many layers as the commands say, dummy weights, milliseconds:"
-        " the language model on text alone and with images, the tower, and both. All is"
-        " compiled but the release's tower, which cannot be.",
-        *commands(found),
-        *table(heads, rows),
-        "",
+        *prose("""
+            A prefill with dummy weights in so many layers of the real widths: medians
+            with quartiles. The language model is timed on text alone and with images,
+            the tower apart from it. *Release, Triton* is the release on that backend,
+            *patched, all FA4* the patched tree with that FlashAttention in every layer.
+        """),
+        *figures(device, "step"),
+        *lines,
+        *skipped(device.runs("step"), ENGINE_FORMS),
     ]
 
 
-def serving(runs: dict[str, Run]) -> list[str]:
+def serving(device: Device) -> list[str]:
     """vLLM's own throughput and latency benchmarks."""
-    found = runs_of(runs, "serving")
-    if not found:
-        return []
-    lines = [
+    lines: list[str] = []
+    for title, records in of_models(device, "serving"):
+        rows = []
+        for (workload,), of_load in split(records, "workload").items():
+            trees = by(of_load, "tree")
+            for tree in known(ENGINE_FORMS, of_load):
+                found, unit = of_bench(trees[tree])
+                gain = "-"
+                if "release" in trees:
+                    base, _ = of_bench(trees["release"])
+                    ratio = found.over(base) if unit == "tok/s" else base.over(found)
+                    gain = f"{ratio.median:.2f}"
+                rows.append(
+                    [
+                        *(workload, ENGINE_FORMS.get(tree, tree), f"{found} {unit}"),
+                        *(gain, *agreement(trees[tree].get("agreement"))),
+                    ]
+                )
+        heads = ["workload", "tree", "median", "times as good as the release"]
+        heads += ["first tokens", "tokens"]
+        lines += [*title, *attention(records), *table(heads, rows)]
+    if not lines:
+        return skipped(device.runs("serving"), ENGINE_FORMS)
+    return [
         "## Serving",
         "",
-        "vLLM's benchmarks of throughput, in tokens a second, and of latency, in"
-        " milliseconds; medians with quartiles. Triton is that attention backend on the"
-        " patched tree.",
-        *commands(found),
+        *prose("""
+            vLLM's own benchmarks of throughput, in tokens of prompts and answers a
+            second, and of latency: medians with quartiles, all trees by turns, each
+            time with prompts that are new to them. Dummy weights in so many layers of
+            the real widths, no prefix caching.
+        """),
+        *figures(device, "serving"),
+        *lines,
+        *skipped(device.runs("serving"), ENGINE_FORMS),
     ]
-    for run in found:
-        forms = list(dict.fromkeys(record["tree"] for record in run.records))
-        loads: dict[str, dict[str, Record]] = {}
-        for record in run.records:
-            loads.setdefault(record["workload"], {})[record["tree"]] = record
-        about = run.records[0]
-        rows = []
-        for name, load in loads.items():
-            bench = next(iter(load.values()))["bench"]
-            unit = "tok/s" if bench == "throughput" else "ms"
-            rows.append([name, unit, *(rate(load.get(form)) for form in forms)])
+
+
+def rates(device: Device) -> list[str]:
+    """A load of chats with images at rising rates."""
+    lines: list[str] = []
+    for title, records in of_models(device, "rates"):
+        lines += [*title, *attention(records)]
+        for (load,), of_load in split(records, "workload").items():
+            best = []
+            for tree in known(ENGINE_FORMS, of_load):
+                rate = kept(record for record in of_load if record["tree"] == tree)
+                text = "none" if rate is None else f"{rate:g} req/s"
+                best.append(f"{ENGINE_FORMS.get(tree, tree)} {text}")
+            at_once = [record for record in of_load if record["rate"] is None]
+            rows = [
+                _rate(record)
+                for _, found in split([*rated(of_load), *at_once], "rate").items()
+                for tree in known(ENGINE_FORMS, found)
+                for record in found
+                if record["tree"] == tree
+            ]
+            heads = ["offered, req/s", "tree", "achieved, req/s", "output, tok/s"]
+            heads += ["TTFT, ms", "TTFT p99, ms", "TPOT, ms", "TPOT p99, ms"]
+            heads += ["whole request, ms", "failed"]
+            lines += [
+                f"Load: {load}. The highest rate kept: {', '.join(best)}.",
+                "",
+                *table(heads, rows),
+            ]
+    if not lines:
+        return skipped(device.runs("rates"), ENGINE_FORMS)
+    return [
+        "## Rising request rates",
+        "",
+        *prose("""
+            A server of each tree, asked by `vllm bench serve`: the same requests at the
+            same times, each rate twice the one before until both are saturated, and at
+            last all at once. TTFT is the time to the first token, median with
+            quartiles; TPOT that of each one after it, median. A rate is kept by a
+            server that it does not saturate: no request fails, answers come about as
+            fast as requests, and the wait for the first token is no multiple of what it
+            is at the lowest rate (`saturated` in scripts/bench_rates.py).
+        """),
+        *figures(device, "rates"),
+        *lines,
+        *skipped(device.runs("rates"), ENGINE_FORMS),
+    ]
+
+
+def _rate(record: Record) -> list[str]:
+    asked = record["completed"] + record["failed"]
+    return [
+        "all at once" if record["rate"] is None else f"{record['rate']:g}",
+        ENGINE_FORMS.get(str(record["tree"]), str(record["tree"])),
+        *(number(record[f"{what}_throughput"]) for what in ("request", "output")),
+        str(first_token(record)),
+        *(
+            number(record[f"{what}_ms"])
+            for what in ("p99_ttft", "median_tpot", "p99_tpot", "median_e2el")
+        ),
+        f"{record['failed']:,} of {asked:,}",
+    ]
+
+
+def scaling(device: Device) -> list[str]:
+    """How time and memory grow."""
+    lines: list[str] = []
+    for run, (axis, kind, layers), records in device.groups(
+        "scaling", "axis", "kind", "layers"
+    ):
+        what, is_tower = AXES[axis]
+        names, models = (TOWER_FORMS, TOWERS) if is_tower else (ENGINE_FORMS, MODELS)
+        part = "tower" if is_tower else "a step of the language model"
+        of = f"{part} of {models.get(kind, kind)}, {layers} layers"
         lines += [
-            f"### {WIDTHS.get(about['kind'], about['kind'])}: {about['layers']} layers",
+            f"### {what.capitalize()}: {of}",
             "",
-            *table(["workload", "unit", *forms], rows),
-            "",
+            *commands(device, [run]),
+            *_points(records, names),
+            *(_powers(records, names) if axis != "image_share" else []),
         ]
-    return lines
-
-
-def rate(record: Record | None) -> str:
-    """Return a median with its quartiles in the unit of its benchmark."""
-    if record is None:
-        return "-"
-    scale = 1 if record["bench"] == "throughput" else 1e3
-    values = (record["median"], *record["quartiles"])
-    middle, low, high = (f"{scale * value:,.0f}" for value in values)
-    return f"{middle} ({low} to {high})"
-
-
-def host(runs: dict[str, Run]) -> list[str]:
-    """The host's part of a step."""
-    found = runs_of(runs, "host")
-    if not found:
-        return []
-    rows = [
-        [record["case"], record["variant"], f"{record['median']:,.1f}"]
-        for run in found
-        for record in run.records
+    skips = skipped(device.runs("scaling"), TOWER_FORMS | ENGINE_FORMS)
+    if not lines:
+        return skips
+    return [
+        "## How it grows",
+        "",
+        *prose("""
+            Time, median with quartiles, and peak memory above what was used, along one
+            axis each. The exponent of x is fitted by least squares of the logarithms to
+            the upper half of the points: below it, what a call costs at any size hides
+            how it grows.
+        """),
+        *figures(device, "scaling"),
+        *lines,
+        *skips,
     ]
+
+
+def _points(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
+    """A table of the points of an axis."""
+    axis, forms = records[0]["axis"], known(names, records)
+    is_share = axis == "image_share"
+    alone = {r["tree"]: r["median"] for r in records if is_share and not r["x"]}
+    # What not all axes have.
+    more: dict[str, Callable[[Record], str]] = {
+        "images": lambda r: f"{r['images']:,}",
+        "steps": lambda r: f"{r['steps']:,}",
+        "error": lambda r: power(r["error"]),
+        "agreement": lambda r: agreement(r["agreement"])[0],
+    }
+    there = [key for key in more if any(key in record for record in records)]
+    rows = []
+    for (x,), of_x in sorted(split(records, "x").items()):
+        trees = by(of_x, "tree")
+        for form in (form for form in forms if form in trees):
+            record = trees[form]
+            row = [f"{x:.0%}" if is_share else f"{x:,}", names.get(form, form)]
+            row += [str(spread(record, 1e3)), size(record.get("mib"))]
+            if is_share:
+                base = alone.get(form)
+                row.append(f"{record['median'] / base:.2f}" if base else "-")
+            row += [more[key](record) if key in record else "-" for key in there]
+            rows.append(row)
+    heads = [AXES[axis][0], "tree", "ms", "MiB"]
+    heads += ["times text alone"] if is_share else []
+    heads += ["first tokens" if key == "agreement" else key for key in there]
+    return table(heads, rows)
+
+
+def _powers(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
+    """How each tree grows along an axis, in words."""
+    lines = []
+    for form in known(names, records):
+        own = [record for record in records if record["tree"] == form]
+        said = []
+        for part, points in (
+            ("time", [(r["x"], r["median"]) for r in own]),
+            ("memory", [(r["x"], r["mib"]) for r in own if r.get("mib") is not None]),
+        ):
+            if found := fit(points):
+                said.append(f"{part} {found.words} (exponent {found.exponent:.2f})")
+        if said:
+            lines.append(f"* {names.get(form, form)}: {', '.join(said)}")
+    return [*lines, ""] if lines else []
+
+
+def host(device: Device) -> list[str]:
+    """The host's part of a step."""
+    records = device.records("host")
+    if not records:
+        return []
+    rows = [[r["case"], r["variant"], str(spread(r))] for r in records]
     return [
         "## The host",
         "",
-        "Finding ranges, cutting them into segments and building attention metadata,"
-        " microseconds on the host.",
-        *commands(found),
-        *table(["batch", "what", "median"], rows),
-        "",
+        *prose("""
+            Finding ranges, cutting them into segments and building attention metadata,
+            once a step: medians, with what lies between the lowest and the highest
+            tenth of the samples.
+        """),
+        *commands(device, device.runs("host")),
+        *table(["batch", "what", "us"], rows),
     ]
 
 
-def not_better(runs: dict[str, Run]) -> list[str]:
-    """Where the release, or another form of the series, is faster."""
-    found = []
-    levels = ("tower", "layer", "serving")
-    for run in [run for level in levels for run in runs_of(runs, level)]:
-        rows: dict[str, dict[str, Record]] = {}
-        for record in run.records:
-            name = record.get("batch") or record.get("workload") or record["case"]
-            if "kind" in record:
-                name = f"{TOWERS.get(record['kind'], record['kind'])}, {name}"
-            form = record.get("tree") or record["variant"]
-            rows.setdefault(name, {})[form] = record
-        for name, forms in rows.items():
-            for ours, theirs in (
-                *((form, "unpatched") for form in ("eager", "compiled", "captured")),
-                ("captured", "compiled"),
-                ("compiled", "eager"),
-                ("FA4 chosen", "FA4 mask_mod"),
-                ("FA4 chosen", "Triton ranges"),
-                ("FA3 chosen", "Triton ranges"),
-                ("patched", "release"),
-            ):
-                if ours not in forms or theirs not in forms:
-                    continue
-                names = [TREES.get(form, form) for form in (ours, theirs)]
-                for what, key in (("takes", "median"), ("needs memory", "mib")):
-                    if not forms[theirs].get(key) or key not in forms[ours]:
-                        continue
-                    ratio = forms[ours][key] / forms[theirs][key]
-                    if forms[ours].get("unit") == "tokens_per_second":
-                        ratio = 1 / ratio
-                    # Less is what two runs of the same differ by.
-                    if ratio > 1.03:
-                        times = f"{ratio:.2f}x {names[1]}"
-                        found.append(f"* {name}: {names[0]} {what} {times}")
-    return ["## What is not better", "", *(found or ["Nothing was found."]), ""]
-
-
-SECTIONS: tuple[Callable[[dict[str, Run]], list[str]], ...] = (
+SECTIONS: tuple[Callable[[Device], list[str]], ...] = (
+    summary,
     layer,
     tower,
     step,
     serving,
+    rates,
+    scaling,
+    pull_request,
     host,
     not_better,
 )
 
 
-def write(runs: dict[str, dict[str, Run]], plots: dict[str, list[str]]) -> str:
-    """Return the whole text.
-
-    Args:
-        runs: by device and job.
-        plots: names of files of plots, by device.
-    """
+def write(devices: Sequence[Device]) -> str:
+    """Return the whole text of what was measured."""
     lines = [
         "# Benchmarks",
         "",
-        "The release as it is and with the series, on the same inputs and weights."
-        " `make bench` measures, `make report` wrote this from what it kept.",
-        "",
+        *prose("""
+            The release as it is and with the series, on the same inputs and weights.
+            `make bench` measures, `make report` wrote this from what it kept; see
+            [Measuring](maintaining.md#measuring).
+        """),
+        *prose("""
+            Greedy tokens are held against those of the release on Triton: how many
+            requests begin with the same token, and how many tokens are the same before
+            the first that is not. Weights are random, so that two tokens are often as
+            good as tied and rounding decides; what follows is another text then.
+        """),
     ]
-    for name, jobs in runs.items():
-        head = max((run.head for run in jobs.values()), key=lambda head: head["time"])
-        machine = head["machine"]
-        versions = ", ".join(f"{k} {v}" for k, v in sorted(machine["versions"].items()))
-        cores = f"{machine['cores']} cores of {machine.get('cpu', 'a processor')}"
-        lines += [
-            f"# {name}",
-            "",
-            f"vLLM {head['release']}, {head['time'][:10]}, commit {head['commit'][:9]};"
-            f" {cores}; {versions}.",
-            "",
-            *(f"![{plot}]({plot})\n" for plot in plots.get(name, [])),
-        ]
+    for device in devices:
+        newest = device.newest
+        about = f"vLLM {newest.head['release']}, {newest.stamp}; {newest.machine}."
+        lines += [f"# {device.name}", "", about, ""]
+        if device.dropped:
+            jobs = ", ".join(device.dropped)
+            lines += [f"Only an older tree has results of: {jobs}.", ""]
         for section in SECTIONS:
-            lines += section(jobs)
+            lines += section(device)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def plot(name: str, jobs: dict[str, Run], folder: Path) -> list[str]:
-    """Draw a device's plots.
-
-    Args:
-        name: the device.
-        jobs: its runs.
-        folder: where the files go.
-
-    Returns:
-        The files' names.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    made = []
-    stem = "".join(c if c.isalnum() else "-" for c in name.lower())
-    # Opaque: a page may be dark or light.
-    style = {"figure.facecolor": "#f6f6f6", "axes.facecolor": "#f6f6f6"}
-    for run in runs_of(jobs, "tower"):
-        kind = run.records[0]["kind"]
-        forms = [f for f in TREES if any(r["tree"] == f for r in run.records)]
-        batches = list(dict.fromkeys(record["batch"] for record in run.records))
-        with plt.rc_context(style):
-            figure, axes = plt.subplots(figsize=(8, 1 + 0.7 * len(batches)))
-            height = 0.8 / len(forms)
-            for nth, form in enumerate(forms):
-                records = {r["batch"]: r for r in run.records if r["tree"] == form}
-                found = [(y, records[b]) for y, b in enumerate(batches) if b in records]
-                medians = [1e3 * record["median"] for _, record in found]
-                low, high = (
-                    [1e3 * abs(r["quartiles"][i] - r["median"]) for _, r in found]
-                    for i in (0, 1)
-                )
-                places = [y + (nth - (len(forms) - 1) / 2) * height for y, _ in found]
-                label, spread = TREES[form], (low, high)
-                axes.errorbar(medians, places, xerr=spread, fmt="o", label=label)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.grid(axis="x", which="both", alpha=0.3)
-            axes.set_xlabel("milliseconds, median and quartiles")
-            axes.set_yticks(range(len(batches)), batches)
-            axes.invert_yaxis()
-            axes.set_title(f"Vision tower of {TOWERS.get(kind, kind)}, {name}")
-            axes.legend(fontsize="small")
-            figure.tight_layout()
-            file = folder / f"{stem}-tower-{kind}.png"
-            folder.mkdir(parents=True, exist_ok=True)
-            # No date or version: the same results give the same file.
-            figure.savefig(file, dpi=110, metadata={"Software": None})
-            plt.close(figure)
-        made.append(file.name)
-    return made
 
 
 def main() -> None:
@@ -469,13 +660,15 @@ def main() -> None:
             f"there are no results in {show(files[0] if given else RESULTS)}",
             "`make bench` or `make bench-cpu` makes some and says what to give here",
         )
-    runs = latest(lines)
-    plots = {
-        name: [f"{folder.name}/{file}" for file in plot(name, jobs, folder)]
-        for name, jobs in runs.items()
-    }
+    devices = latest(lines, folder.name)
+    for device in devices:
+        if device.dropped:
+            jobs = ", ".join(device.dropped)
+            say(f"{device.name}: not shown, for an older tree has them: {jobs}")
+        for figure in plots.figures(device):
+            plots.save(figure, folder)
     text = folder.with_suffix(".md")
-    console.write(text, write(runs, plots))
+    console.write(text, write(devices))
     print(show(text))
 
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules for patches, one by one."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TREE, Toy
 
 sys.path.insert(0, str(ROOT))
 
-from scripts import lint
+from scripts import lint, report, results
 
 GOOD = """\
 From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
@@ -123,6 +125,102 @@ def test_numbering() -> None:
     names = [Path("0001-a.patch"), Path("0003-b.patch")]
     assert list(lint.numbering(names)) == ["0003-b.patch: the number should be 0002"]
     assert list(lint.numbering(names[:1])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("it takes 20.1 (18.0 to 1,022.5) ms", "1: 20.1 ms, 1: 18.0 ms, 1: 1022.5 ms"),
+        ("\n\n3.4 GiB and 790 TFLOP/s", "3: 3.4 GiB, 3: 790 TFLOP/s"),
+        ("2.5x, or 3 times, by +4% to 5%", "1: 2.5 x, 1: 3 times, 1: 4 %, 1: 5 %"),
+        ("as 8 x 280, 3 times", "1: 3 times"),
+        ("as 8 x 280, 4 images, in vLLM 0.32.0 and 3.11", ""),
+        ("of 5 minutes <!-- not measured: a limit -->", ""),
+        (
+            "| batch | release, ms | gain |\n|---|---|---|\n"
+            "| 8 x 280 | 20 (18 to 22) | 2% |\n| 9 | 6% | 5 |\n\n| a |\n|---|\n| 7 |\n",
+            "3: 2 %, 3: 20 ms, 3: 18 ms, 3: 22 ms, 4: 6 %",
+        ),
+        ("| seconds |\n|---|\n| 5 |", "3: 5 seconds"),
+        ("| what's Triton's |\n|---|\n| 5 |", ""),
+    ],
+)
+def test_numbers(text: str, found: str) -> None:
+    lines = [f"{at}: {number} {unit}" for at, number, unit in lint.numbers(text)]
+    assert ", ".join(lines) == found
+
+
+def test_numbers_that_no_benchmark_gives(tmp_path: Path) -> None:
+    assert list(lint.measured(tmp_path)) == []
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "benchmarks.md").write_text("| a, ms |\n|---|\n| 1,234 (1 to 2) |\n")
+    (tmp_path / "README.md").write_text("All in 1234 ms.\nIt takes 12 ms.\n")
+    (docs / "a.md").write_text("It has 1,234 MiB.\n")
+    said = [
+        line.partition(" is not in docs/benchmarks.md")[0]
+        for line in lint.measured(tmp_path)
+    ]
+    assert said == ["README.md:2: 12 ms", "docs/a.md:1: 1234 MiB"]
+    (docs / "benchmarks.md").unlink()
+    assert len(list(lint.measured(tmp_path))) == 3
+
+
+RESULT: list[dict[str, Any]] = [
+    {
+        **{"job": "tower 26b", "command": ["a"], "release": "v1", "commit": "c" * 40},
+        **{"tree": "t", "time": "2026-01-02T03:04:05Z"},
+        **{"machine": {"cores": 2, "cpu": "a CPU", "versions": {}}},
+    },
+    {
+        **{"job": "tower 26b", "kind": "26b", "layers": 1, "dtype": "float32"},
+        **{"batch": "1 x 280", "tree": "eager", "median": 0.5, "mib": 5},
+    },
+]
+
+
+def test_report_that_is_another(tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "benchmarks"
+    page = folder.with_suffix(".md")
+    assert list(lint.benchmarks(folder)) == []
+    folder.mkdir(parents=True)
+    page.write_text("old")
+    said = ["docs/benchmarks.md: there are no results that it could be of"]
+    assert list(lint.benchmarks(folder)) == said
+    lines = "".join(json.dumps(line) + "\n" for line in RESULT)
+    (folder / "cpu.jsonl").write_text(lines)
+    (folder / "old.png").touch()
+    plot = "benchmarks/a-cpu-2-cores-tower-26b.png"
+    said = [
+        "docs/benchmarks.md: not what its results give: run `make report`",
+        f"docs/benchmarks.md: there is no {plot}: run `make report`",
+        "docs/benchmarks.md: does not show benchmarks/old.png: remove it",
+    ]
+    assert list(lint.benchmarks(folder)) == said
+    page.unlink()
+    assert list(lint.benchmarks(folder)) == said
+    (folder / "old.png").unlink()
+    (folder.parent / plot).touch()
+    page.write_text(report.write(results.latest(RESULT, "benchmarks")))
+    assert list(lint.benchmarks(folder)) == []
+    (folder / "cpu.jsonl").write_text(lines + "{")
+    assert "is not JSON" in next(lint.benchmarks(folder))
+    (folder / "cpu.jsonl").write_text(lines.splitlines()[1])
+    assert "do not say what they were made on" in next(lint.benchmarks(folder))
+
+
+def test_own_checks_the_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lint, "_call", lambda *_: [])
+    monkeypatch.setattr(lint, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "docs" / "benchmarks")
+    found = lint.Lint()
+    found.own()
+    assert found.count == 0
+    (tmp_path / "README.md").write_text("5 ms\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "benchmarks.md").touch()
+    found.own()
+    assert found.count == 2
 
 
 HOOK = """

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make report`: its text has the numbers of the results, and no others."""
 
+import ast
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts import report
+from scripts import not_better, plots, report, results
 from scripts.console import Failure
 
+Record = dict[str, Any]
 MACHINE = {"gpu": "a GPU", "cores": 2, "cpu": "a CPU", "versions": {"torch": "2.0"}}
+CPU = {"cores": 2, "cpu": "a CPU", "versions": {"torch": "2.0"}}
 
 
-def head(job: str, **more: Any) -> dict[str, Any]:
+def head(job: str, **more: Any) -> Record:
     return {
         "job": job,
         "command": ["scripts.bench", job.split()[0], "--batch", "1 x 280"],
@@ -26,133 +30,566 @@ def head(job: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def tower(tree: str, median: float, **more: Any) -> dict[str, Any]:
+def timed(median: float, **more: Any) -> Record:
+    quartiles = [median * 0.9, median * 1.1]
+    return {"median": median, "quartiles": quartiles, "samples": [median]} | more
+
+
+def layer(case: str, variant: str, median: float, **more: Any) -> Record:
+    tenths = [median * 0.98, median * 1.02]
     return {
-        "kind": "26b",
-        "layers": 27,
-        "dtype": "bfloat16",
-        "batch": "1 x 280",
-        "tree": tree,
+        "case": case,
+        "variant": variant,
         "median": median,
-        "quartiles": [median * 0.9, median * 1.1],
-        "mib": 1234.4,
-        "difference": 0.0 if tree == "unpatched" else 0.0123,
-        "relative": 0.0 if tree == "unpatched" else 0.0456,
+        "p10_p90": tenths,
     } | more
 
 
-def results() -> list[dict[str, Any]]:
-    """Each level once."""
-    layer = [
-        {"case": "A one", "variant": name, "median": median, **more}
-        for name, median, more in (
-            ("FA3 floor", 100.0, {"x_floor": 1.0}),
-            ("FA3 chosen", 111.0, {"x_floor": 1.11, "ranges": 2e-3, "rest": 3e-3}),
-            ("FA4 floor", 101.0, {"x_floor": 1.0}),
-            ("FA4 chosen", 222.0, {"x_floor": 2.2, "ranges": 2e-3, "rest": 1e-3}),
-            ("FA4 mask_mod", 133.0, {"x_floor": 1.3}),
-            ("Triton ranges", 4444.0, {"x_floor": 1.0}),
-        )
+def tower(batch: str, tree: str, median: float, **more: Any) -> Record:
+    about = {"kind": "26b", "layers": 27, "dtype": "bfloat16", "device": "a GPU"}
+    sizes = {"items": 1, "soft_tokens": 280, "mib": 1234.4, "peak_mib": 2000.0}
+    errors = {"error": 0.0123, "max_error": 0.456}
+    return (
+        about | {"batch": batch, "tree": tree} | timed(median) | sizes | errors | more
+    )
+
+
+def same(first: int, equal: int) -> Record:
+    return {"requests": 64, "first": first, "tokens": 1024, "equal": equal}
+
+
+def step(tree: str, *medians: float, **more: Any) -> list[Record]:
+    return [
+        {"kind": "31b", "layers": 12, "case": "8 x 1,900, 3 images each", "tree": tree}
+        | {"variant": variant, "agreement": same(60, 60)}
+        | {"attention": [f"window 1024: {tree.upper()}"]}
+        | timed(median)
+        | more
+        for variant, median in zip(report.PARTS, medians, strict=True)
     ]
-    step = [
-        {"kind": "31b", "case": "1 x 2", "tree": "patched", "variant": name}
-        | {"median": median}
-        for name, median in (("text", 66.0), ("images", 67.0), ("tower", 8.0))
+
+
+def serving(workload: str, bench: str, **medians: float) -> list[Record]:
+    unit = "tokens_per_second" if bench == "throughput" else "seconds"
+    return [
+        {"kind": "31b", "layers": 12, "workload": workload, "bench": bench}
+        | {"tree": tree, "unit": unit, "agreement": same(63, 1000)}
+        | {"median": median, "quartiles": [median * 0.99, median * 1.01]}
+        for tree, median in medians.items()
     ]
-    lines: list[dict[str, Any]] = []
-    for job, records in {
-        "layer A": layer,
+
+
+def rate(tree: str, offered: float | None, wait: float, **more: Any) -> Record:
+    return {
+        **{"kind": "26b", "layers": 12, "tree": tree, "workload": "chat, 1 image"},
+        **{"rate": offered, "seconds": 20.0, "completed": 32, "failed": 0},
+        **{"request_throughput": offered or 9.0, "output_throughput": 500.0},
+        **{"median_ttft_ms": wait, "p99_ttft_ms": 3 * wait, "median_tpot_ms": 7.0},
+        **{"p99_tpot_ms": 8.0, "median_e2el_ms": 600.0, "p99_e2el_ms": 900.0},
+        **{"ttfts": [wait / 1e3 * share for share in (0.5, 0.75, 1.0, 1.25, 1.5)]},
+        **({} if offered is None else {"saturated": False}),
+    } | more
+
+
+def scaling(axis: str, tree: str, points: Iterable[tuple[float, float, float]]) -> Any:
+    return [
+        {"axis": axis, "x": x, "kind": "26b", "layers": 27, "dtype": "bfloat16"}
+        | {"tree": tree, "mib": mib}
+        | timed(median)
+        | ({"error": 0.0321} if axis == "soft_tokens" else {})
+        for x, median, mib in points
+    ]
+
+
+def jobs() -> dict[str, list[Record]]:
+    """Every level, with every field."""
+    return {
+        "layer A": [
+            layer("A one", "FA3 floor", 100.0, x_floor=1.0),
+            layer("A one", "FA3 chosen", 111.0, ranges=2e-3, rest=3e-3, mib=4.0),
+            layer("A one", "FA4 floor", 101.0),
+            layer(
+                "A one", "FA4 chosen", 222.0, ranges=2e-3, rest=1e-3, form="one_call"
+            ),
+            layer("A one", "FA4 split", 160.0, ranges=2e-3, rest=1e-3),
+            layer("A one", "FA4 one_call", 222.0, ranges=2e-3, rest=1e-3),
+            layer("A one", "FA4 mask_mod", 133.0, ranges=1e-3, rest=1e-3),
+            layer("A one", "Triton ranges", 4444.0),
+        ],
         "tower 26b": [
-            tower("unpatched", 0.1),
-            tower("eager", 0.02),
-            tower("compiled", 0.025),
+            *(tower("1 x 280", "unpatched", 0.1), tower("1 x 280", "eager", 0.02)),
+            tower("8 x 280", "unpatched", 0.8),
+            tower("8 x 280", "hf-sdpa", 0.7),
+            tower("8 x 280", "eager", 0.2, mib=617.2),
+            tower("8 x 280", "compiled", 0.25, kinds={"GEMM": 2700.0, "gaps": 54.0}),
+            tower("8 x 280", "fa4", 0.1, error=0.5, attention="FLASH_ATTN 4"),
+            {"kind": "26b", "tree": "flashinfer", "skipped": "no heads of 72"},
         ],
-        "step 31b patched": step,
+        "step 31b": [
+            *step("release", 60.0, 90.0, 40.0, 130.0),
+            *step("patched", 60.6, 61.2, 10.0, 71.2),
+        ],
         "serving 31b": [
-            {"kind": "31b", "layers": 12, "workload": name, "bench": bench}
-            | {"tree": tree, "median": value, "quartiles": [value, value * 2]}
-            for name, bench, value in (
-                ("a b", "throughput", 2e3),
-                ("c", "latency", 0.2),
-            )
-            for tree in ("release", "patched")
+            *serving(
+                "4,096 in, 16 out",
+                "throughput",
+                **{"release": 2e3, "triton": 1e3, "patched": 3e3, "fa4": 1.5e3},
+            ),
+            *serving(
+                "first token of 4,096", "latency", release=0.2, triton=0.2, fa4=0.1
+            ),
         ],
-        "host": [{"case": "256 decodes", "variant": "find, patched", "median": 71.0}],
-    }.items():
-        lines += [head(job), *({"job": job} | record for record in records)]
-    return lines
+        "rates 26b": [
+            rate("release", 1.0, 40.0),
+            rate("patched", 1.0, 20.0),
+            rate("release", 2.0, 400.0, saturated=True),
+            rate("patched", 2.0, 25.0),
+            rate("release", None, 4000.0, output_throughput=700.0),
+            rate("patched", None, 2000.0, output_throughput=1400.0, failed=3),
+        ],
+        "scaling images": [
+            *scaling(
+                "images", "unpatched", [(1, 0.5, 8), (2, 0.5, 8), (4, 2, 8), (8, 8, 8)]
+            ),
+            *scaling(
+                "images", "eager", [(1, 0.5, 8), (2, 1, 16), (4, 2, 32), (8, 4, 64)]
+            ),
+            {"axis": "images", "x": 16, "tree": "unpatched", "skipped": "no memory"},
+        ],
+        "scaling soft_tokens": scaling(
+            "soft_tokens", "eager", [(70, 0.1, 1), (280, 0.2, 2), (1120, 0.9, 3)]
+        ),
+        "scaling context": scaling(
+            "context", "patched", [(1024, 0.1, 0), (2048, 0.3, 0)]
+        ),
+        "scaling image_share": scaling(
+            "image_share", "patched", [(0.0, 0.5, 10), (0.5, 0.6, 12), (0.9, 0.7, 14)]
+        ),
+        "host": [layer("256 decodes", "find, patched", 71.0)],
+    }
+
+
+def lines_of(found: dict[str, list[Record]], **more: Any) -> list[Record]:
+    return [
+        line
+        for job, records in found.items()
+        for line in (head(job, **more), *({"job": job} | record for record in records))
+    ]
+
+
+def text_of(lines: Iterable[Record]) -> str:
+    return report.write(results.latest(lines, "benchmarks"))
+
+
+ROWS = """
+vLLM v1.0.0, 2026-01-02, commit ccccccccc; 2 cores of a CPU; torch 2.0.
+    PYTHONPATH=. $(make -s python) -m scripts.bench layer --batch "1 x 280"
+
+| tower of 26B-A4B and 31B, 8 x 280 | 800 (720 to 880) ms | 200 (180 to 220) ms | \
+4.00 times as fast |
+| tower of 26B-A4B and 31B, 8 x 280: memory | 1,234 MiB | 617 MiB | \
+0.50 times as much |
+| tower of 26B-A4B and 31B, 8 x 280, compiled | 800 (720 to 880) ms | \
+250 (225 to 275) ms | 3.20 times as fast |
+| step of 31B with its tower, 8 x 1,900, 3 images each | 130 (117 to 143) ms | \
+71.2 (64.1 to 78.3) ms | 1.83 times as fast |
+| 26B-A4B, chat, 1 image, all at once | 700 tok/s | 1,400 tok/s | 2.00 times as much |
+| 26B-A4B, chat, 1 image: highest rate kept | 1.00 req/s | 2.00 req/s | \
+2.00 times as much |
+| 26B-A4B, chat, 1 image: first token at 1 req/s | 40.0 (30.0 to 50.0) ms | \
+20.0 (15.0 to 25.0) ms | 2.00 times as fast |
+
+| A one | FA3 | 111 (109 to 113) | 100 | 1.11 | 2.0e-03 | 3.0e-03 | 4.00 |
+| A one | FA4 | 222 (218 to 226) | 101 | 2.20 | 2.0e-03 | 1.0e-03 | - |
+| A one | FA4 with `mask_mod` (release) | 133 (130 to 136) | 101 | 1.32 | 1.0e-03 | \
+1.0e-03 | - |
+| A one | Triton (release) | 4,444 (4,355 to 4,533) | - | - | - | - | - |
+| A one | FA4 | one call | - | 160 (157 to 163) | 222 (218 to 226) |
+
+### 26B-A4B and 31B: 27 layers, bfloat16
+| 1 x 280 | release | - | 100 (90.0 to 110) | 1.00 | 1,234 | 1.2e-02 | 4.6e-01 |
+| 1 x 280 | patched | - | 20.0 (18.0 to 22.0) | 5.00 | 1,234 | 1.2e-02 | 4.6e-01 |
+| 8 x 280 | Transformers, SDPA | - | 700 (630 to 770) | 1.14 | 1,234 | 1.2e-02 | \
+4.6e-01 |
+| 8 x 280 | compiled, FA4 | FLASH_ATTN 4 | 100 (90.0 to 110) | 8.00 | 1,234 | \
+5.0e-01 | 4.6e-01 |
+| 8 x 280 | compiled | 100 | 2.00 |
+* compiled, FlashInfer: no heads of 72
+
+| 8 x 1,900, 3 images each | release | 60.0 (54.0 to 66.0) | 90.0 (81.0 to 99.0) | \
+40.0 (36.0 to 44.0) | 130 (117 to 143) | 60 of 64 | 60 of 64 |
+* patched: window 1024: PATCHED
+
+| 4,096 in, 16 out | release | 2,000 (1,980 to 2,020) tok/s | 1.00 | 63 of 64 | \
+1,000 of 1,024 |
+| 4,096 in, 16 out | patched, all FA4 | 1,500 (1,485 to 1,515) tok/s | 0.75 | \
+63 of 64 | 1,000 of 1,024 |
+| first token of 4,096 | patched, all FA4 | 100 (99.0 to 101) ms | 2.00 | 63 of 64 | \
+1,000 of 1,024 |
+
+Load: chat, 1 image. The highest rate kept: release 1 req/s, patched 2 req/s.
+| 2 | release | 2.00 | 500 | 400 (300 to 500) | 1,200 | 7.00 | 8.00 | 600 | 0 of 32 |
+| all at once | patched | 9.00 | 1,400 | 2,000 (1,500 to 2,500) | 6,000 | 7.00 | 8.00 \
+| 600 | 3 of 35 |
+
+### Images in a batch: tower of 26B-A4B and 31B, 27 layers
+| 8 | release | 8,000 (7,200 to 8,800) | 8.00 |
+* release: time grows with the square (exponent 2.00), memory hardly grows (exponent \
+0.00)
+* patched: time grows linearly (exponent 1.00), memory grows linearly (exponent 1.00)
+* release, images 16: no memory
+| 70 | patched | 100 (90.0 to 110) | 1.00 | 3.2e-02 |
+| 50% | patched | 600 (540 to 660) | 12.0 | 1.20 |
+
+| Prefill (4K input) | 4,096 in, 16 out | +40% | +24% | +25% | +33% | +50.0% | \
++200.0% | +100.0% |
+| Prefill TTFT | first token of 4,096 | -31% | -22% | -24% | -22% | -50.0% | - | \
+*+0.0%* |
+Of 1 cells that both have numbers in, all FA4 gains more over Triton here in 1 and \
+less in 0.
+| 4,096 in, 16 out | throughput | -50.0% |
+| 31B | 8 x 1,900, 3 images each | *+1.0%* | +50.0% | *+1.0%* | - |
+
+| 256 decodes | find, patched | 71.0 (69.6 to 72.4) |
+
+* One attention layer: FA4 takes longer than FA4 with `mask_mod` (release): \
+A one (1.67x)
+* One attention layer: FA4 takes longer than FA4 as split: A one (1.39x)
+* Tower of 26B-A4B and 31B: compiled takes longer than patched: 8 x 280 (1.25x)
+* Tower of 26B-A4B and 31B: compiled needs more memory than patched: 8 x 280 (2.00x)
+* Tower of 26B-A4B and 31B: compiled takes longer than compiled, FA4: 8 x 280 (2.50x)
+"""
 
 
 def test_text() -> None:
-    text = report.write(report.latest(results()), {"a GPU": ["a.png"]})
-    for line in (
-        "vLLM v1.0.0, 2026-01-02, commit ccccccccc; 2 cores of a CPU; torch 2.0.",
-        "![a.png](a.png)",
-        '    PYTHONPATH=. $(make -s python) -m scripts.bench layer --batch "1 x 280"',
-        "| A one | 100 | 111 | 1.11 | 101 | 222 | 2.20 | 133 | 4,444 | 3.0e-03 |",
-        "### 26B-A4B and 31B: 27 layers, bfloat16",
-        "| batch | release | patched | compiled |",
-        "| 1 x 280 | 100.0 (90.0 to 110.0) | 20.0 (18.0 to 22.0) |"
-        " 25.0 (22.5 to 27.5) |",
-        "| 1 x 280 | 1,234 MiB | 5.00x, 1,234 MiB, 1.2e-02 (4.6%) |"
-        " 4.00x, 1,234 MiB, 1.2e-02 (4.6%) |",
-        "| 31B | 1 x 2 | - | - | - | - | 66 | 67 | 8 | - |",
-        "### 31B: 12 layers",
-        "| a b | tok/s | 2,000 (2,000 to 4,000) | 2,000 (2,000 to 4,000) |",
-        "| c | ms | 200 (200 to 400) | 200 (200 to 400) |",
-        "| 256 decodes | find, patched | 71.0 |",
-        "* A one: FA4 chosen takes 1.67x FA4 mask_mod",
-        "* 26B-A4B and 31B, 1 x 280: compiled takes 1.25x patched",
-    ):
-        assert line in text.splitlines()
+    found = text_of(lines_of(jobs())).splitlines()
+    for line in filter(None, ROWS.splitlines()):
+        assert line in found
 
 
 def test_words_have_no_numbers() -> None:
-    """All levels without a record: what is left is the same for every result."""
-    empty = [line for line in results() if "command" in line]
-    for line in empty:
-        del line["command"][1:]
-        line |= {"release": "", "commit": "", "time": "", "machine": {"versions": {}}}
-        line["machine"]["cores"] = "some"
-    jobs = {run["job"]: report.Run(run, []) for run in empty}
-    for name in ("layer A", "tower 26b", "serving 31b"):
-        del jobs[name]
-    text = report.write({"a GPU": jobs}, {})
-    assert "## The host" in text
-    assert not re.search(r"\d", text)
+    """What is between the records' numbers is the same for all records."""
+    for module in (report, not_better):
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        specs = {
+            id(part)
+            for value in ast.walk(tree)
+            if isinstance(value, ast.FormattedValue) and value.format_spec
+            for part in ast.walk(value.format_spec)
+        }
+        texts = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if id(node) not in specs
+        ]
+        assert len(texts) > 100
+        # Names such as FA4 and float32 have theirs.
+        assert [text for text in texts if re.search(r"(?<!\w)\d", text)] == []
+
+
+@pytest.mark.parametrize("job", jobs())
+def test_every_level_alone(job: str) -> None:
+    text = text_of(lines_of({job: jobs()[job]}))
+    titles = {
+        "layer": "One attention layer",
+        "tower": "The vision tower",
+        "step": "One step of the engine",
+        "serving": "Serving",
+        "rates": "Rising request rates",
+        "scaling": "How it grows",
+        "host": "The host",
+    }
+    found = [title for title in titles.values() if f"\n## {title}\n" in text]
+    assert found == [titles[job.split()[0]]]
+    assert f"-m scripts.bench {job.split()[0]}" in text
+
+
+@pytest.mark.parametrize("tree", ["release", "patched", "unpatched", "eager"])
+def test_one_tree_only(tree: str) -> None:
+    found = {
+        job: [r for r in records if r.get("tree", tree) == tree and "skipped" not in r]
+        for job, records in jobs().items()
+    }
+    text = text_of(
+        lines_of({job: records for job, records in found.items() if records})
+    )
+    assert "## What one gets" not in text
+    assert "| -" in text
+
+
+def test_nothing_could_run() -> None:
+    records = [{"kind": "26b", "tree": "fa2", "skipped": "no FA2"}]
+    for level in ("tower", "step", "serving", "rates", "scaling"):
+        text = text_of(lines_of({f"{level} 26b": records}))
+        assert "no FA2\n" in text
+        assert "|" not in text
+
+
+def test_what_cannot_run_says_where() -> None:
+    record = {"kind": "26b", "tree": "fa2", "batch": "1 x 280", "skipped": "no FA2"}
+    text = text_of(lines_of({"tower 26b": [*jobs()["tower 26b"], record]}))
+    assert "* compiled, FA2, 1 x 280: no FA2" in text.splitlines()
+
+
+def test_a_cpu_has_no_table_of_the_pull_request() -> None:
+    lines = lines_of(jobs())
+    assert "## Beside vLLM's first pull request" in text_of(lines)
+    lines = lines_of(jobs(), machine=CPU)
+    text = text_of(lines)
+    assert "# a CPU, 2 cores" in text
+    assert "## Beside vLLM's first pull request" not in text
+
+
+def test_pull_request_is_compared_by_the_numbers() -> None:
+    def text(kind: str, fa4: float) -> str:
+        medians = {"triton": 1000.0, "fa4": fa4}
+        records = serving("4,096 in, 16 out", "throughput", **medians)
+        for record in records:
+            record["kind"] = kind
+        return text_of(lines_of({"serving": records}))
+
+    assert "| +33% | +32.0% | - | - |" in text("31b", 1320.0)
+    assert "here in 0 and less in 1" in text("31b", 1320.0)
+    assert "| +33% | +34.0% | - | - |" in text("31b", 1340.0)
+    assert "here in 1 and less in 0" in text("31b", 1340.0)
+    records = serving("first token of 4,096", "latency", triton=1.0, fa4=0.8)
+    assert "here in 0 and less in 1" in text_of(lines_of({"serving": records}))
+    records[1] |= {"median": 0.7, "quartiles": [0.7, 0.7]}
+    assert "here in 1 and less in 0" in text_of(lines_of({"serving": records}))
+    # Within the quartiles, and of a model that is not the last one.
+    assert "| +40% | *+0.5%* | - | - | +24% |" in text("e2b", 1005.0)
 
 
 def test_last_run_counts() -> None:
-    again = [head("host"), {"job": "host", "case": "c", "variant": "v", "median": 5.0}]
-    text = report.write(report.latest([*results(), *again]), {})
-    assert "| c | v | 5.0 |" in text
+    record = {"job": "host", "case": "c", "variant": "v", "median": 5.0}
+    later = head("host", time="2026-01-02T04:00:00Z")
+    text = text_of([*lines_of(jobs()), later, record])
+    assert "| c | v | 5.00 (5.00 to 5.00) |" in text
+    assert "256 decodes" not in text
+    # The order of files does not matter.
+    text = text_of([later, record, *lines_of(jobs())])
+    assert "| c | v | 5.00 (5.00 to 5.00) |" in text
     assert "256 decodes" not in text
 
 
 def test_devices_stay_apart() -> None:
-    cpu = head("host", machine=MACHINE | {"gpu": ""})
-    lines = [*results(), cpu, {"job": "host", "case": "c", "variant": "v", "median": 5}]
-    runs = report.latest(lines)
-    assert list(runs) == ["a GPU", "a CPU, 2 cores"]
-    text = report.write(runs, {})
+    cpu = head("host", machine=CPU)
+    record = {"job": "host", "case": "c", "variant": "v", "median": 5}
+    devices = results.latest([*lines_of(jobs()), cpu, record], "benchmarks")
+    assert [device.name for device in devices] == ["a GPU", "a CPU, 2 cores"]
+    text = report.write(devices)
     assert text.index("# a GPU") < text.index("256 decodes") < text.index("# a CPU, 2")
 
 
 def test_one_tree_a_device() -> None:
+    lines, record = lines_of(jobs()), {"job": "host", "case": "c", "median": 5.0}
     newer = head("host", tree="u", time="2026-01-03T00:00:00Z")
     older = head("host", tree="u", time="2026-01-01T00:00:00Z")
-    record = {"job": "host", "case": "c", "variant": "v", "median": 5.0}
-    assert list(report.latest([*results(), newer, record])["a GPU"]) == ["host"]
-    left = report.latest([*results(), older, record])["a GPU"]
-    assert list(left) == ["layer A", "tower 26b", "step 31b patched", "serving 31b"]
+    [device] = results.latest([*lines, newer, record | {"variant": "v"}], "benchmarks")
+    assert list(device.jobs) == ["host"]
+    assert device.dropped == [job for job in jobs() if job != "host"]
+    text = report.write([device])
+    assert f"Only an older tree has results of: {', '.join(device.dropped)}." in text
+    [device] = results.latest([*lines, older, record], "benchmarks")
+    assert (set(device.jobs), device.dropped) == (set(jobs()), [])
+    other = head("other", release="v0", time="2026-01-01T00:00:00Z")
+    [device] = results.latest([*lines, other], "benchmarks")
+    assert device.dropped == ["other"]
 
 
-@pytest.mark.parametrize("at", [0, 7])
+def test_what_was_measured_elsewhere_says_so() -> None:
+    lines = lines_of(jobs())
+    assert "\nMeasured" not in text_of(lines)
+    at = next(at for at, line in enumerate(lines) if line["job"] == "host")
+    lines[at] |= {"time": "2026-01-01T00:00:00Z", "commit": "d" * 40}
+    lines[at]["machine"] = MACHINE | {"cores": 3}
+    text = text_of(lines)
+    note = (
+        "Measured 2026-01-01, commit ddddddddd.\n\nMeasured on 3 cores of a CPU; torch"
+    )
+    assert text.count("\nMeasured") == 2
+    assert text.index("## The host") < text.index(note)
+
+
+@pytest.mark.parametrize("at", [0, 9])
 def test_records_of_unknown_origin(at: int) -> None:
-    lines = results()
+    lines = lines_of(jobs())
+    assert "command" in lines[at]
     del lines[at]
     with pytest.raises(Failure, match="do not say what they were made on"):
-        report.latest(lines)
+        results.latest(lines, "benchmarks")
+
+
+def worse(job: str, records: list[Record]) -> str:
+    text = text_of(lines_of({job: records}))
+    return text.split("## What is not better")[1]
+
+
+def test_not_better() -> None:
+    nothing = "Nothing was found."
+    pair = [tower("a", "unpatched", 1.0), tower("a", "eager", 1.15)]
+    # The quartiles meet.
+    assert nothing in worse("tower", pair)
+    pair[1]["median"], pair[1]["quartiles"] = 1.3, [1.2, 1.4]
+    assert "26B-A4B and 31B: patched takes longer than release: a (1.30x)" in worse(
+        "tower", pair
+    )
+    pair = [tower("a", "unpatched", 1.0), tower("a", "eager", 0.5, mib=1260)]
+    assert nothing in worse("tower", pair)
+    pair[1] |= {"mib": 1300, "error": 0.0246}
+    found = worse("tower", pair)
+    assert "patched needs more memory than release: a (1.05x)" in found
+    assert "patched is less accurate than release: a (2.00x)" in found
+    pair[0]["mib"] = 0
+    assert "release: a (1.3e+03 MiB for none)" in worse("tower", pair)
+    loads = serving("l", "throughput", release=100.0, patched=90.0)
+    assert "31B: patched gives less than release: l (1.11x)" in worse("serving", loads)
+    loads = serving("l", "latency", release=0.1, patched=0.09)
+    assert nothing in worse("serving", loads)
+    loads[1]["agreement"] = same(40, 1000)
+    assert "Triton's first tokens than release: l (40 of 64 for 63)" in worse(
+        "serving", loads
+    )
+    loads[1]["agreement"] = same(62, 1000)
+    assert nothing in worse("serving", loads)
+    asked = [rate("release", 1.0, 40.0), rate("patched", 1.0, 90.0)]
+    assert (
+        "first token: patched takes longer than release: 1.00 req/s (2.25x)"
+        in worse("rates", asked)
+    )
+
+    asked = [rate("release", 1.0, 9.0), rate("patched", 1.0, 9.0, saturated=True)]
+    found = worse("rates", asked)
+    assert "patched keeps a lower rate than release: highest (0 for 1 req/s)" in found
+    asked = [rate("release", None, 9.0), rate("patched", None, 9.0)]
+    asked[1]["request_throughput"] = 8.8
+    assert nothing in worse("rates", asked)
+    asked[1]["request_throughput"] = 8.0
+    found = worse("rates", asked)
+    assert "patched gives less than release: all at once (1.12x)" in found
+
+
+def test_only_runs_of_their_own_are_compared() -> None:
+    """Jobs may have the same forms with other layers, at another time."""
+    more = [
+        tower("8 x 280", "unpatched", 8.0),
+        tower("8 x 280", "eager", 4.0),
+        *(tower("8 x 280", name, 0.1) for name in results.BACKENDS),
+    ]
+    loads = serving("4,096 in, 16 out", "throughput", triton=100.0, release=100.0)
+    for load in loads:
+        load["layers"] = 30
+    found = jobs() | {"tower 26b backends": more, "serving 31b more": loads}
+    [device] = results.latest(lines_of(found), "benchmarks")
+    lines = report.write([device]).splitlines()
+    for line in filter(None, ROWS.splitlines()):
+        assert line in lines
+    assert "### 26B-A4B and 31B backends: 27 layers, bfloat16" in lines
+    assert "### 31B more: 30 layers" in lines
+    files = [figure.file for figure in plots.figures(device)]
+    assert len(files) == len(set(files)) == 10
+    assert "a-gpu-tower-26b-backends-forms.png" in files
+
+
+def test_rates() -> None:
+    def kept(*records: Record) -> float | None:
+        return results.kept(records)
+
+    slow = {"saturated": True}
+    assert kept(rate("a", 1, 9), rate("a", None, 9)) == 1
+    assert kept(rate("a", 4, 9), rate("a", 1, 9), rate("a", 2, 9, **slow)) == 1
+    assert kept(rate("a", 1, 9, **slow), rate("a", 2, 9)) is None
+    text = text_of(
+        lines_of({"rates 26b": [rate("release", 1, 9, **slow), rate("patched", 1, 9)]})
+    )
+    assert "The highest rate kept: release none, patched 1 req/s." in text
+    assert "highest rate kept |" not in text
+    assert "first token at 1 req/s |" in text
+
+
+def test_first_token() -> None:
+    found = results.first_token(rate("a", 1.0, 40.0))
+    assert (found.low, found.median, found.high) == (30.0, 40.0, 50.0)
+    # Requests that failed have no token.
+    found = results.first_token(rate("a", 1.0, 40.0, ttfts=[0.0, 0.0, 0.04]))
+    assert (found.low, found.median, found.high) == (40.0, 40.0, 40.0)
+
+
+@pytest.mark.parametrize(
+    ("points", "exponent", "words"),
+    [
+        ([(1, 5), (2, 5), (4, 8), (8, 16)], 1.0, "grows linearly"),
+        ([(1, 1), (2, 9), (4, 9), (8, 9)], 0.0, "hardly grows"),
+        ([(1, 1), (2, 1), (4, 1), (16, 16)], 2.0, "grows with the square"),
+        ([(16, 4), (4, 2), (1, 9)], 0.5, "grows less than linearly"),
+        ([(4, 8), (1, 1)], None, ""),
+        (
+            [(1, 1), (4, 8), (0, 1), (15, 0), (16, 64)],
+            1.5,
+            "grows faster than linearly",
+        ),
+        ([(1, 1), (4, 8), (8, 8), (16, 1)], -3.0, "falls"),
+        ([(1, 1), (2, 8), (4, 64)], 3.0, "grows faster than the square"),
+    ],
+)
+def test_fit(
+    points: list[tuple[float, float]], exponent: float | None, words: str
+) -> None:
+    found = results.fit(points)
+    assert (found is None) == (exponent is None)
+    if found and exponent is not None:
+        assert found.exponent == pytest.approx(exponent, abs=1e-9)
+        x, y = max(points)
+        assert found(x) == pytest.approx(y)
+        assert found.words == words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (0.0123, "0.012"), (1, "1.00"), (9.999, "10.0"), (99.96, "100"),
+        (-12.34, "-12.3"), (1234567.8, "1,234,568"),
+    ],
+)  # fmt: skip
+def test_number(value: float, text: str) -> None:
+    assert results.number(value) == text
+
+
+def test_plots_are_of_what_there_is() -> None:
+    [device] = results.latest(lines_of(jobs()), "benchmarks")
+    files = [figure.file for figure in plots.figures(device)]
+    assert files == [
+        "a-gpu-tower-26b.png",
+        "a-gpu-tower-26b-forms.png",
+        "a-gpu-step.png",
+        "a-gpu-serving.png",
+        "a-gpu-rates-26b-chat-1-image.png",
+        "a-gpu-scaling-images-26b.png",
+        "a-gpu-scaling-soft-tokens-26b.png",
+        "a-gpu-scaling-context-26b.png",
+        "a-gpu-scaling-image-share-26b.png",
+    ]
+    text = report.write([device])
+    assert re.findall(r"\]\(benchmarks/(.*png)\)", text) == files
+    few = {"layer": jobs()["layer A"], "serving": serving("a", "latency", patched=1.0)}
+    few["rates"] = [rate("patched", None, 5.0)]
+    few["tower"] = [{"kind": "26b", "tree": "fa2", "skipped": "no FA2"}]
+    [device] = results.latest(lines_of(few), "benchmarks")
+    assert plots.figures(device) == []
+
+
+def test_plots(tmp_path: Path) -> None:
+    """Where matplotlib is, in the environment of `make report`."""
+    pytest.importorskip("matplotlib")
+    [device] = results.latest(lines_of(jobs()), "benchmarks")
+    for folder in ("one", "two"):
+        for figure in plots.figures(device):
+            plots.save(figure, tmp_path / folder)
+    files = sorted((tmp_path / "one").iterdir())
+    assert len(files) == len(plots.figures(device))
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
 def test_nothing_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,11 +603,18 @@ def test_writes_beside_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in results()))
+    older = head("other", release="v0", time="2026-01-01T00:00:00Z")
+    lines = [*lines_of(jobs()), older]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setenv("RESULTS", str(file))
     # What draws is in an environment of its own.
-    monkeypatch.setattr(report, "plot", lambda *_: ["x.png"])
+    saved: list[tuple[str, Path]] = []
+    monkeypatch.setattr(plots, "save", lambda one, to: saved.append((one.file, to)))
     report.main()
     text = (tmp_path / "mine.md").read_text()
-    assert "![mine/x.png](mine/x.png)" in text
-    assert capsys.readouterr().out.strip() == str(tmp_path / "mine.md")
+    assert text == report.write(results.latest(lines, "mine"))
+    assert "(mine/a-gpu-step.png)" in text
+    assert ("a-gpu-step.png", tmp_path / "mine") in saved
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "mine.md")
+    assert "a GPU: not shown, for an older tree has them: other" in said.err

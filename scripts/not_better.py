@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is not better: where the release, another library or another form wins."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+from scripts.results import (
+    AXES,
+    BACKENDS,
+    ENGINE_FORMS,
+    LAYER_FORMS,
+    MODELS,
+    PEERS,
+    TOWER_FORMS,
+    TOWERS,
+    Device,
+    Record,
+    Spread,
+    by,
+    first_token,
+    kept,
+    number,
+    of_bench,
+    prose,
+    split,
+    spread,
+)
+
+# Which form is expected to be the better one: where it is not, a reader is told.
+TOWER_PAIRS = (
+    *((form, "unpatched") for form in ("eager", "compiled", "captured", "fp8")),
+    *((form, peer) for form in ("eager", "compiled") for peer in PEERS),
+    ("compiled", "eager"),
+    *((form, "compiled") for form in ("captured", "fp8", "tp2", "data2")),
+    *(("compiled", backend) for backend in BACKENDS),
+)
+ENGINE_PAIRS = (("patched", "release"), ("patched", "triton"), ("patched", "fa4"))
+LAYER_PAIRS = (
+    ("FA4 chosen", "FA4 mask_mod"),
+    *((f"FA{version} chosen", "Triton ranges") for version in (2, 3, 4)),
+    *(
+        (f"FA{version} chosen", f"FA{version} {form}")
+        for version in (2, 3, 4)
+        for form in ("correction", "split", "one_call")
+    ),
+)
+# What has no spread is only worse if it is so many times as much: memory and errors,
+# which of a layer are kept with two digits. Either of two rates may be off by that.
+ABOUT = 1.015
+MARGINS = (
+    ("mib", 1.03, "needs more memory than", " MiB"),
+    ("error", 1.1, "is less accurate than", ""),
+)
+
+
+@dataclass(frozen=True)
+class Worse:
+    """Something that is not better: in what, of which forms, where and by how much."""
+
+    subject: str
+    ours: str
+    theirs: str
+    what: str
+    where: str
+    how: str
+
+
+def compare(
+    subject: str,
+    where: str,
+    forms: Mapping[str, Record],
+    pairs: Iterable[tuple[str, str]],
+    names: Mapping[str, str],
+    read: Callable[[Record], tuple[Spread, bool]],
+) -> list[Worse]:
+    """Find where a form is slower, larger or less accurate than another one.
+
+    Args:
+        subject: what was measured.
+        where: the batch, workload or case.
+        forms: its record of each form.
+        pairs: forms, ours first and the one that it should not be worse than.
+        names: what a reader sees for them.
+        read: returns a record's spread, and whether more is better.
+    """
+    found = []
+    for ours, theirs in pairs:
+        if ours not in forms or theirs not in forms:
+            continue
+        label = names.get(ours, ours), names.get(theirs, theirs)
+        (mine, more), (other, _) = read(forms[ours]), read(forms[theirs])
+        ratio = other.median / mine.median if more else mine.median / other.median
+        # Less than this would be shown as one.
+        if ratio >= 1.005 and not mine.overlaps(other):
+            what = "gives less than" if more else "takes longer than"
+            found.append(Worse(subject, *label, what, where, f"{ratio:.2f}x"))
+        for key, margin, what, unit in MARGINS:
+            value, least = (forms[form].get(key) for form in (ours, theirs))
+            if value is None or least is None or value <= margin * least:
+                continue
+            how = (
+                f"{value / least:.2f}x" if least > 0 else f"{value:.3g}{unit} for none"
+            )
+            found.append(Worse(subject, *label, what, where, how))
+        same, best = (forms[form].get("agreement") for form in (ours, theirs))
+        if same and best and _fewer(same, best):
+            how = f"{same['first']} of {same['requests']} for {best['first']}"
+            what = "gives fewer of Triton's first tokens than"
+            found.append(Worse(subject, *label, what, where, how))
+    return found
+
+
+def _fewer(ours: Record, theirs: Record) -> bool:
+    """Return whether a share of requests is smaller by more than two deviations."""
+    shares: list[float] = [same["first"] / same["requests"] for same in (ours, theirs)]
+    variances = [
+        share * (1 - share) / same["requests"]
+        for share, same in zip(shares, (ours, theirs), strict=True)
+    ]
+    return bool(shares[1] - shares[0] > 2 * sqrt(sum(variances)))
+
+
+def not_better(device: Device) -> list[str]:
+    """Where the release, or another form, is faster, smaller or more accurate."""
+    found: list[Worse] = []
+
+    def seconds(record: Record) -> tuple[Spread, bool]:
+        return spread(record, 1e3), False
+
+    def plain(record: Record) -> tuple[Spread, bool]:
+        return spread(record), False
+
+    def bench(record: Record) -> tuple[Spread, bool]:
+        return of_bench(record)[0], record["bench"] == "throughput"
+
+    def wait(record: Record) -> tuple[Spread, bool]:
+        return first_token(record), False
+
+    def load(record: Record) -> tuple[Spread, bool]:
+        rate = record["request_throughput"]
+        return Spread(rate, rate / ABOUT, rate * ABOUT), True
+
+    for _, (case,), records in device.groups("layer", "case"):
+        forms = {
+            record["variant"]: record
+            | {
+                "error": max(
+                    (record[r] for r in ("ranges", "rest") if r in record), default=None
+                )
+            }
+            for record in records
+        }
+        subject = "One attention layer"
+        found += compare(subject, case, forms, LAYER_PAIRS, LAYER_FORMS, plain)
+    for _, (kind, batch), records in device.groups("tower", "kind", "batch"):
+        subject = f"Tower of {TOWERS.get(kind, kind)}"
+        forms = by(records, "tree")
+        found += compare(subject, batch, forms, TOWER_PAIRS, TOWER_FORMS, seconds)
+    for _, (kind, case, part), records in device.groups(
+        "step", "kind", "case", "variant"
+    ):
+        subject = f"Step of {MODELS.get(kind, kind)}, {part}"
+        forms = by(records, "tree")
+        found += compare(subject, case, forms, ENGINE_PAIRS, ENGINE_FORMS, plain)
+    for _, (kind, workload), records in device.groups("serving", "kind", "workload"):
+        subject = f"Serving {MODELS.get(kind, kind)}"
+        forms = by(records, "tree")
+        found += compare(subject, workload, forms, ENGINE_PAIRS, ENGINE_FORMS, bench)
+    for _, (kind, name, rate), records in device.groups(
+        "rates", "kind", "workload", "rate"
+    ):
+        where = "all at once" if rate is None else f"{number(rate)} req/s"
+        forms = by(records, "tree")
+        for what, of in (("first token", wait), ("requests a second", load)):
+            subject = f"{MODELS.get(kind, kind)}, {name}, {what}"
+            found += compare(subject, where, forms, ENGINE_PAIRS, ENGINE_FORMS, of)
+    for _, (kind, name), records in device.groups("rates", "kind", "workload"):
+        best = {tree: kept(own) or 0 for (tree,), own in split(records, "tree").items()}
+        for ours, theirs in ENGINE_PAIRS:
+            if ours in best and theirs in best and best[ours] < best[theirs]:
+                subject = f"{MODELS.get(kind, kind)}, {name}"
+                label = ENGINE_FORMS[ours], ENGINE_FORMS[theirs]
+                how = f"{best[ours]:g} for {best[theirs]:g} req/s"
+                what = "keeps a lower rate than"
+                found.append(Worse(subject, *label, what, "highest", how))
+    for _, (axis, kind, x), records in device.groups("scaling", "axis", "kind", "x"):
+        is_tower = AXES[axis][1]
+        models, pairs, names = (
+            (TOWERS, TOWER_PAIRS, TOWER_FORMS)
+            if is_tower
+            else (MODELS, ENGINE_PAIRS, ENGINE_FORMS)
+        )
+        subject = f"{models.get(kind, kind)} by {AXES[axis][0]}"
+        found += compare(subject, f"{x:,}", by(records, "tree"), pairs, names, seconds)
+    lines: dict[str, list[str]] = {}
+    for one in found:
+        key = f"* {one.subject}: {one.ours} {one.what} {one.theirs}"
+        lines.setdefault(key, []).append(f"{one.where} ({one.how})")
+    return [
+        "## What is not better",
+        "",
+        *prose("""
+            Where the release, another library or another form of the series takes less
+            time and the ranges of samples do not meet, takes less memory, or is nearer
+            to float32; the last two by more than a few per cent, for they have no
+            range.
+        """),
+        *(f"{key}: {', '.join(where)}" for key, where in lines.items()),
+        *([] if lines else ["Nothing was found."]),
+        "",
+    ]

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plots of `make report`: what there is to draw of a device, and how.
+
+What there is and where it goes is known without matplotlib, which only `save` needs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scripts.results import (
+    AXES,
+    BACKENDS,
+    ENGINE_FORMS,
+    MODELS,
+    TOWER_FORMS,
+    TOWERS,
+    Device,
+    Record,
+    Spread,
+    by,
+    first_token,
+    fit,
+    known,
+    of_bench,
+    rated,
+    split,
+    spread,
+    upper,
+)
+
+# Opaque, so that it can be read in a dark page, too.
+PAPER, INK = "#f6f6f6", "#222222"
+# One color a form in all plots, the release's grey.
+COLORS = {
+    "unpatched": "#666666",
+    "release": "#666666",
+    "hf-sdpa": "#9c755f",
+    "hf-flash": "#b6992d",
+    "eager": "#4e79a7",
+    "patched": "#4e79a7",
+    "compiled": "#e15759",
+    "captured": "#59a14f",
+    "fp8": "#f28e2b",
+}
+OTHERS = (
+    *("#b07aa1", "#ff9d9a", "#76b7b2", "#d37295"),
+    *("#8cd17d", "#a0cbe8", "#d4a6c8", "#86bcb6"),
+)
+# What one batch shows of all forms, where it was measured.
+SHOWN = ("8 x 280", "8 x 280 mixed", "1 x 280")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot that there are records for.
+
+    Args:
+        section: the level of the records, where it belongs.
+        file: its name.
+        title: what it shows, with the device.
+        size: in inches.
+        draw: draws it on an empty matplotlib figure.
+    """
+
+    section: str
+    file: str
+    title: str
+    size: tuple[float, float]
+    draw: Callable[[Any], None]
+
+
+def figures(device: Device) -> list[Figure]:
+    """Return the plots that a device has records for."""
+    found: list[Figure] = []
+
+    def add(
+        names: Sequence[str],
+        title: str,
+        size: tuple[float, float],
+        draw: Callable[[Any], None],
+    ) -> None:
+        words = "".join(c if c.isalnum() else " " for c in " ".join(names).lower())
+        file = "-".join([device.stem, *dict.fromkeys(words.split())]) + ".png"
+        level = names[0].split()[0]
+        found.append(Figure(level, file, f"{title}, {device.name}", size, draw))
+
+    for run, (kind,), records in device.groups("tower", "kind"):
+        job = run.head["job"]
+        towers = f"Vision tower of {TOWERS.get(kind, kind)}{run.title}"
+        batches = split(records, "batch")
+        there = known(TOWER_FORMS, records)
+        forms = [form for form in there if form not in BACKENDS]
+        # Mostly backends are in the other plot.
+        if 2 * len(forms) > len(there):
+            height = 1.4 + 0.8 * len(batches)
+            add([job, kind], towers, (8, height), partial(_tower, records, forms))
+        shown = next((name for name in SHOWN if (name,) in batches), None)
+        of_shown = batches[shown,] if shown else []
+        if len(of_shown) > 1 and any(record.get("error") for record in of_shown):
+            forms = known(TOWER_FORMS, of_shown)
+            title, height = f"{towers}, {shown}", 1.4 + 0.3 * len(forms)
+            draw = partial(_forms, of_shown, forms)
+            add([job, kind, "forms"], title, (9, height), draw)
+    if steps := _step_parts(device):
+        cases = sum(len(parts) for parts in steps.values())
+        size = (8, 1.6 + 0.7 * cases + 0.3 * len(steps))
+        add(["step"], "One step of the engine", size, partial(_step, steps))
+    if serving := _ratios(device):
+        rows = sum(len(ratios) for ratios in serving.values())
+        size = (8, 1.6 + 0.4 * rows)
+        add(["serving"], "Against the release", size, partial(_serving, serving))
+    for run, (kind, load), records in device.groups("rates", "kind", "workload"):
+        if rated(records):
+            title = f"{MODELS.get(kind, kind)}, {load}, at rising rates"
+            add([run.head["job"], kind, load], title, (9, 4), partial(_rates, records))
+    for run, (axis, kind), records in device.groups("scaling", "axis", "kind"):
+        names = TOWERS if AXES[axis][1] else MODELS
+        title = f"{names.get(kind, kind)} by {AXES[axis][0]}"
+        draw = partial(_scaling, axis, records)
+        add([run.head["job"], kind, axis], title, (9, 4), draw)
+    return found
+
+
+def save(figure: Figure, folder: Path) -> None:
+    """Draw a plot into a folder: the same results give the same file.
+
+    Args:
+        figure: which.
+        folder: made if it is not there.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # A person's own settings must not show.
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        canvas = Canvas(figsize=figure.size, facecolor=PAPER, layout="constrained")
+        figure.draw(canvas)
+        for axes in canvas.axes:
+            axes.set_facecolor(PAPER)
+            axes.grid(which="major", alpha=0.35)
+            axes.set_axisbelow(True)
+        canvas.suptitle(figure.title, fontsize="medium", color=INK)
+        # No date or version is in it.
+        canvas.savefig(folder / figure.file, dpi=110, metadata={"Software": None})
+
+
+def _colors(names: Mapping[str, str], forms: Sequence[str]) -> dict[str, str]:
+    """Return a color for each form, the same whatever others there are."""
+    others = [form for form in dict.fromkeys([*names, *forms]) if form not in COLORS]
+    return COLORS | {f: OTHERS[n % len(OTHERS)] for n, f in enumerate(others)}
+
+
+def _bars(found: Sequence[Spread]) -> list[list[float]]:
+    """Return how far each range reaches below and above its median."""
+    return [[s.median - s.low for s in found], [s.high - s.median for s in found]]
+
+
+def _places(forms: Sequence[str], form: str, row: int, width: float = 0.8) -> float:
+    """Return where a form's mark is around a row."""
+    return row + (forms.index(form) - (len(forms) - 1) / 2) * width / len(forms)
+
+
+def _rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _legend(figure: Any, drawn: Mapping[str, Any]) -> None:
+    handles, place = list(drawn.values()), "outside lower center"
+    figure.legend(handles, list(drawn), loc=place, ncols=4, fontsize="small")
+
+
+def _logarithmic(axis: Any, ticks: Sequence[float] = ()) -> None:
+    """Make an axis logarithmic, with numbers as people write them.
+
+    Args:
+        axis: of an `Axes`.
+        ticks: where they are, by default at some of each power of ten.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_minor_locator(NullLocator())
+    if ticks:
+        axis.set_ticks(list(ticks))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+
+
+def _short(value: float) -> str:
+    """Return a number, of contexts in units of 1,024."""
+    thousands, rest = divmod(value, 1024)
+    return f"{value:g}" if rest or not value else f"{thousands:g}K"
+
+
+def _tower(records: Sequence[Record], forms: Sequence[str], figure: Any) -> None:
+    axes, colors = figure.subplots(), _colors(TOWER_FORMS, forms)
+    batches = [name for (name,) in split(records, "batch")]
+    for form in forms:
+        of_form = by((r for r in records if r["tree"] == form), "batch")
+        found = [spread(record, 1e3) for record in of_form.values()]
+        axes.errorbar(
+            [one.median for one in found],
+            [_places(forms, form, batches.index(name)) for name in of_form],
+            xerr=_bars(found),
+            fmt="o",
+            markersize=4,
+            color=colors[form],
+            label=TOWER_FORMS.get(form, form),
+        )
+    _logarithmic(axes.xaxis)
+    axes.set_xlabel("milliseconds, median and quartiles")
+    axes.set_ylabel("batch")
+    _rows(axes, batches)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+
+
+def _forms(records: Sequence[Record], forms: Sequence[str], figure: Any) -> None:
+    """One batch in all forms: time, and error beside it."""
+    time, error = figure.subplots(1, 2, sharey=True)
+    of_form, colors = by(records, "tree"), _colors(TOWER_FORMS, forms)
+    for row, form in enumerate(forms):
+        found = spread(of_form[form], 1e3)
+        time.errorbar(
+            [found.median], [row], xerr=_bars([found]), fmt="o", color=colors[form]
+        )
+        if of_form[form].get("error"):
+            error.plot([of_form[form]["error"]], [row], "o", color=colors[form])
+    _logarithmic(time.xaxis)
+    time.set_xlabel("milliseconds, median and quartiles")
+    _logarithmic(error.xaxis)
+    error.set_xlabel("error relative to float32")
+    _rows(time, [TOWER_FORMS.get(form, form) for form in forms])
+
+
+Parts = dict[str, dict[str, dict[str, Record]]]
+
+
+def _step_parts(device: Device) -> Parts:
+    """Return the records of a step's variants by model, case and tree."""
+    found: Parts = {}
+    for run, (kind, case, tree), records in device.groups(
+        "step", "kind", "case", "tree"
+    ):
+        cases = found.setdefault(f"{MODELS.get(kind, kind)}{run.title}", {})
+        cases.setdefault(case, {})[tree] = by(records, "variant")
+    return found
+
+
+def _step(steps: Parts, figure: Any) -> None:
+    """The language model and the tower on top of each other."""
+    heights = [len(cases) for cases in steps.values()]
+    panels = figure.subplots(len(steps), squeeze=False, height_ratios=heights)[:, 0]
+    drawn: dict[str, Any] = {}
+    for axes, (model, cases) in zip(panels, steps.items(), strict=True):
+        there = [{"tree": tree} for trees in cases.values() for tree in trees]
+        forms = known(ENGINE_FORMS, there)
+        colors = _colors(ENGINE_FORMS, forms)
+        for row, trees in enumerate(cases.values()):
+            for form, parts in trees.items():
+                place = _places(forms, form, row)
+                shape = {"height": 0.8 / len(forms) * 0.9, "color": colors[form]}
+                whole = parts.get("images and tower") or parts.get("images")
+                if whole is None:
+                    continue
+                found, tower = spread(whole), parts.get("tower")
+                label = ENGINE_FORMS.get(form, form)
+                middle = parts["images"]["median"] if "images" in parts else 0
+                drawn[label] = axes.barh(place, middle or found.median, **shape)
+                if tower is not None and "images and tower" in parts:
+                    drawn[f"{label}: tower"] = axes.barh(
+                        place,
+                        found.median - middle,
+                        left=middle,
+                        alpha=0.45,
+                        hatch="//",
+                        edgecolor=PAPER,
+                        **shape,
+                    )
+                bars = _bars([found])
+                axes.errorbar([found.median], [place], xerr=bars, fmt="none", color=INK)
+        _rows(axes, list(cases))
+        axes.set_title(model, fontsize="medium")
+    panels[-1].set_xlabel(
+        "milliseconds for language model and tower, median and quartiles"
+    )
+    _legend(figure, drawn)
+
+
+Ratios = dict[str, dict[str, dict[str, Spread]]]
+
+
+def _ratios(device: Device) -> Ratios:
+    """Return how many times better than the release: by model, workload and tree."""
+    found: Ratios = {}
+    for run, (kind, load), records in device.groups("serving", "kind", "workload"):
+        of_tree = by(records, "tree")
+        if "release" not in of_tree or len(of_tree) < 2:
+            continue
+        rows = found.setdefault(f"{MODELS.get(kind, kind)}{run.title}", {})
+        release, _ = of_bench(of_tree["release"])
+        for tree in known(ENGINE_FORMS, records):
+            own, unit = of_bench(of_tree[tree])
+            if tree != "release":
+                ratio = own.over(release) if unit == "tok/s" else release.over(own)
+                rows.setdefault(load, {})[tree] = ratio
+    return found
+
+
+def _serving(models: Ratios, figure: Any) -> None:
+    heights = [len(rows) for rows in models.values()]
+    panels = figure.subplots(
+        len(models), squeeze=False, height_ratios=heights, sharex=True
+    )[:, 0]
+    drawn: dict[str, Any] = {}
+    for axes, (model, rows) in zip(panels, models.items(), strict=True):
+        there = [{"tree": tree} for trees in rows.values() for tree in trees]
+        forms = known(ENGINE_FORMS, there)
+        colors = _colors(ENGINE_FORMS, forms)
+        for form in forms:
+            found = [(n, of[form]) for n, of in enumerate(rows.values()) if form in of]
+            label = ENGINE_FORMS.get(form, form)
+            drawn[label] = axes.errorbar(
+                [ratio.median for _, ratio in found],
+                [_places(forms, form, row, 0.5) for row, _ in found],
+                xerr=_bars([ratio for _, ratio in found]),
+                fmt="o",
+                markersize=4,
+                color=colors[form],
+                label=label,
+            )
+        axes.axvline(1, color=COLORS["release"], linewidth=1)
+        _rows(axes, list(rows))
+        axes.set_title(model, fontsize="medium")
+    panels[-1].set_xlabel("times as fast as the release (1), median and quartiles")
+    _legend(figure, drawn)
+
+
+def _rates(records: Sequence[Record], figure: Any) -> None:
+    achieved, first = figure.subplots(1, 2)
+    forms = known(ENGINE_FORMS, records)
+    colors = _colors(ENGINE_FORMS, forms)
+    offered = sorted({record["rate"] for record in rated(records)})
+    achieved.plot(
+        offered,
+        offered,
+        color=INK,
+        linewidth=0.8,
+        linestyle=":",
+        label="as offered",
+    )
+    for form in forms:
+        own = rated(record for record in records if record["tree"] == form)
+        rates, color = [record["rate"] for record in own], colors[form]
+        label = ENGINE_FORMS.get(form, form)
+        achieved.plot(
+            rates,
+            [record["request_throughput"] for record in own],
+            "o-",
+            markersize=4,
+            color=color,
+            label=label,
+        )
+        found = [first_token(record) for record in own]
+        first.plot(rates, [s.median for s in found], "o-", markersize=4, color=color)
+        first.fill_between(
+            rates,
+            [s.low for s in found],
+            [s.high for s in found],
+            color=color,
+            alpha=0.25,
+            linewidth=0,
+        )
+        tails = [record["p99_ttft_ms"] for record in own]
+        first.plot(rates, tails, "--", color=color, linewidth=1)
+    _logarithmic(first.yaxis)
+    _logarithmic(achieved.yaxis)
+    achieved.set_ylabel("achieved, requests a second")
+    first.set_ylabel("time to first token, milliseconds")
+    first.set_title(
+        "median, quartiles (band), 99th percentile (dashed)", fontsize="small"
+    )
+    for axes in (achieved, first):
+        # Each is twice the one before.
+        _logarithmic(axes.xaxis, offered)
+        axes.set_xlabel("offered, requests a second")
+    achieved.legend(fontsize="small")
+
+
+def _scaling(axis: str, records: Sequence[Record], figure: Any) -> None:
+    names = TOWER_FORMS if AXES[axis][1] else ENGINE_FORMS
+    forms = known(names, records)
+    colors, is_share = _colors(names, forms), axis == "image_share"
+    # On a CPU an engine's memory is not known.
+    has_memory = any(record.get("mib") for record in records)
+    panels = figure.subplots(1, 1 + has_memory, squeeze=False)[0]
+    for form in forms:
+        own = sorted((r for r in records if r["tree"] == form), key=lambda r: r["x"])
+        times = [(record["x"], spread(record, 1e3)) for record in own]
+        sizes = [(r["x"], Spread(*[r["mib"]] * 3)) for r in own if r.get("mib")]
+        for axes, points in zip(panels, (times, sizes), strict=False):
+            medians = [(x, found.median) for x, found in points]
+            label, power = names.get(form, form), fit(medians)
+            if power and not is_share:
+                label += f", exponent {power.exponent:.2f}"
+                ends = [x for x, _ in upper(medians)]
+                values = [power(x) for x in ends]
+                axes.plot(ends, values, "--", color=colors[form], linewidth=1)
+            axes.errorbar(
+                [x for x, _ in points],
+                [found.median for _, found in points],
+                yerr=_bars([found for _, found in points]),
+                fmt="o-" if is_share else "o",
+                markersize=4,
+                color=colors[form],
+                label=label,
+            )
+    labels = ("milliseconds, median and quartiles", "MiB above what was used, peak")
+    for axes, label in zip(panels, labels, strict=False):
+        axes.set_ylabel(label)
+        axes.set_xlabel(AXES[axis][0])
+        if is_share:
+            axes.set_ylim(bottom=0)
+        else:
+            _logarithmic(axes.xaxis, sorted({record["x"] for record in records}))
+            _logarithmic(axes.yaxis)
+        axes.legend(fontsize="small")

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's first pull request on this reports, to stand beside what is measured.
+
+https://github.com/vllm-project/vllm/pull/42175, as of May 2026: FlashAttention 4 in all
+layers against Triton, on H100 with two of them for 31B. Its tables are per cent of
+throughput, where more is better, and of latency, where less is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scripts.results import (
+    MODELS,
+    Device,
+    Record,
+    Spread,
+    by,
+    of_bench,
+    prose,
+    split,
+    spread,
+    table,
+)
+
+URL = "https://github.com/vllm-project/vllm/pull/42175"
+KINDS = ("e2b", "e4b", "26b", "31b")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of its tables.
+
+    Args:
+        name: what it calls it.
+        workload: the same here, as scripts/bench_engine.py calls it.
+        values: per cent that FlashAttention 4 gives more, or takes more, than Triton;
+            of each of `KINDS`, None where it says nothing.
+    """
+
+    name: str
+    workload: str
+    values: tuple[int | None, ...]
+
+
+THROUGHPUT = (
+    Claim("Prefill (4K input)", "4,096 in, 16 out", (40, 24, 25, 33)),
+    Claim("Long context (8K)", "8,192 in, 128 out", (41, 28, 27, 28)),
+    Claim("Very long context (15-16K)", "15,872 in, 128 out", (70, 47, 36, None)),
+    Claim("Mixed (1K/1K)", "1,024 in, 1,024 out", (5, 5, 1, 4)),
+    Claim("High batch (256 in/out)", "256 in, 256 out", (2, 5, 1, 5)),
+)
+LATENCY = (
+    Claim("Prefill TTFT", "first token of 4,096", (-31, -22, -24, -22)),
+    Claim("Long ctx decode (8K)", "8,192 in, 128 out, alone", (-27, -19, -20, -16)),
+    Claim("Decode b=1", "128 in, 128 out, alone", (4, -1, 3, 1)),
+    Claim("Decode b=8", "128 in, 128 out, 8 at once", (1, 1, 1, -1)),
+)
+# The records of a workload in one run, by form.
+Forms = Mapping[str, Record]
+# Ours that stand beside them.
+FORMS = {"fa4": "all FA4", "patched": "patched", "release": "release"}
+# The same of FlashAttention 4 in all layers over 3 and 4 mixed, and of the second call
+# for images over text alone and in batches with images.
+ALL_OVER_MIXED = 8
+TEXT_COSTS = 0
+IMAGES_COST = 3
+
+
+def pull_request(device: Device) -> list[str]:
+    """The tables of vLLM's first pull request on this, beside the same here."""
+    records = device.records("serving")
+    kinds = [kind for kind in KINDS if any(r["kind"] == kind for r in records)]
+    # Elsewhere a workload is a smaller one of the same name.
+    if not kinds or "gpu" not in device.newest.head["machine"]:
+        return []
+    forms: dict[tuple[str, str], list[Forms]] = {}
+    for _, key, found in device.groups("serving", "kind", "workload"):
+        forms.setdefault((key[0], key[1]), []).append(by(found, "tree"))
+    lines = [
+        "## Beside vLLM's first pull request",
+        "",
+        *prose(f"""
+            [It]({URL}) has FlashAttention in all layers and compares it with Triton.
+            These are its tables, per cent over Triton, and beside them the same from
+            *Serving* above, over the release on Triton: *all FA4* is its form on the
+            patched tree, *patched* what that takes by default, *release* what the
+            release does. In italics is what lies within the quartiles of both.
+        """),
+        *prose("""
+            Why numbers may differ: theirs are of H100 GPUs, two of them for 31B, of all
+            layers and real weights. Ours are of as many layers as the tables above say,
+            where attention has the same share in a layer, and what is done once a step,
+            as the output layer and sampling, weighs more. Their Triton is that of
+            another vLLM, of May 2026. Prompts are of random tokens on both sides.
+        """),
+    ]
+    for title, rows, more in (
+        ("Throughput, where more is better", THROUGHPUT, True),
+        ("Latency, where less is better", LATENCY, False),
+    ):
+        heads = ["benchmark", "workload here"]
+        for kind in KINDS:
+            heads.append(f"{MODELS[kind]}, theirs")
+            if kind in kinds:
+                heads += [f"{MODELS[kind]}, {form}" for form in FORMS.values()]
+        cells, higher, lower = [], 0, 0
+        for claim in rows:
+            row = [claim.name, claim.workload]
+            for kind, theirs in zip(KINDS, claim.values, strict=True):
+                row.append("-" if theirs is None else f"{theirs:+}%")
+                if kind not in kinds:
+                    continue
+                of = forms.get((kind, claim.workload), [])
+                row += [_over(of, form, "triton") for form in FORMS]
+                both = _both(of, "fa4", "triton")
+                if theirs is not None and both is not None:
+                    ours = 100 * (both[0].median / both[1].median - 1)
+                    better = ours > theirs if more else ours < theirs
+                    higher, lower = higher + better, lower + (not better)
+            cells.append(row)
+        lines += [f"{title}:", "", *table(heads, cells)]
+        if higher + lower:
+            lines += [
+                *prose(f"""
+                    Of {higher + lower} cells that both have numbers in, all FA4 gains
+                    more over Triton here in {higher} and less in {lower}.
+                """),
+            ]
+    return [*lines, *_mixed(kinds, forms), *_second_call(device)]
+
+
+def _both(
+    runs: Sequence[Forms], ours: str, theirs: str
+) -> tuple[Spread, Spread] | None:
+    """Return what two forms have taken in the first run that has both."""
+    for forms in runs:
+        if ours in forms and theirs in forms:
+            records = forms[ours], forms[theirs]
+            # Of vLLM's benchmarks, or of a step.
+            if "bench" in records[0]:
+                return of_bench(records[0])[0], of_bench(records[1])[0]
+            return spread(records[0]), spread(records[1])
+    return None
+
+
+def _over(runs: Sequence[Forms], ours: str, theirs: str) -> str:
+    """Return how many per cent a form has over another one, in a cell."""
+    found = _both(runs, ours, theirs)
+    if found is None:
+        return "-"
+    text = f"{100 * (found[0].median / found[1].median - 1):+.1f}%"
+    return f"*{text}*" if found[0].overlaps(found[1]) else text
+
+
+def _mixed(
+    kinds: Sequence[str], forms: Mapping[tuple[str, str], Sequence[Forms]]
+) -> list[str]:
+    """One version of FlashAttention in all layers, over the default."""
+    benches = {
+        workload: "throughput" if record["bench"] == "throughput" else "time"
+        for (_, workload), runs in forms.items()
+        for of in runs
+        for record in of.values()
+    }
+    rows = [
+        [workload, benches[workload], *cells]
+        for workload in benches
+        for cells in [
+            [_over(forms.get((kind, workload), []), "fa4", "patched") for kind in kinds]
+        ]
+        if set(cells) != {"-"}
+    ]
+    if not rows:
+        return []
+    default = {
+        layer
+        for runs in forms.values()
+        for of in runs
+        for layer in of.get("patched", {}).get("attention", ())
+    }
+    said = f" The default here is {'; '.join(sorted(default))}." if default else ""
+    return [
+        *prose(f"""
+            It says that FA4 in all layers beats FA3 and FA4 mixed by about
+            {ALL_OVER_MIXED}%.{said} All FA4 over the default, per cent:
+        """),
+        *table(["workload", "of", *(MODELS[kind] for kind in kinds)], rows),
+    ]
+
+
+def _second_call(device: Device) -> list[str]:
+    """What images cost a step of the language model."""
+    rows = []
+    for _, (kind, case), records in device.groups("step", "kind", "case"):
+        trees = {
+            tree: by(own, "variant") for (tree,), own in split(records, "tree").items()
+        }
+        text = {tree: parts["text"] for tree, parts in trees.items() if "text" in parts}
+        cells = [
+            _over([text], "patched", "release"),
+            *(
+                _over([trees.get(tree, {})], "images", "text")
+                for tree in ("release", "patched", "fa4")
+            ),
+        ]
+        if set(cells) != {"-"}:
+            rows.append([MODELS.get(kind, kind), case, *cells])
+    if not rows:
+        return []
+    return [
+        *prose(f"""
+            It says that its second call costs {TEXT_COSTS}% of text and about
+            {IMAGES_COST}% of batches with images. That call merges two results whose
+            keys overlap, an approximation; the one here is exact. The same of a step of
+            the language model, without the tower: text in the patched tree over text in
+            the release, and images over as many tokens of text.
+        """),
+        *table(
+            [
+                *("model", "batch", "text, patched over release"),
+                *("images over text, release", "patched", "patched, all FA4"),
+            ],
+            rows,
+        ),
+    ]

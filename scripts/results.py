@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `make bench` has kept: the runs of each device, and what is read from them."""
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.console import Failure
+
+Record = dict[str, Any]
+
+# What a reader sees for the names in records: the forms of the tower, those of an
+# engine, and the models.
+TOWER_FORMS = {
+    "unpatched": "release",
+    "hf-sdpa": "Transformers, SDPA",
+    "hf-flash": "Transformers, FlashAttention",
+    "eager": "patched",
+    "compiled": "compiled",
+    "captured": "captured",
+    "fp8": "compiled, FP8",
+    "tp2": "two GPUs, weights shared",
+    "data2": "two GPUs, images shared",
+    "sdpa": "compiled, SDPA",
+    "triton": "compiled, Triton",
+    "fa2": "compiled, FA2",
+    "fa3": "compiled, FA3",
+    "fa4": "compiled, FA4",
+    "flashinfer": "compiled, FlashInfer",
+}
+PEERS = ("hf-sdpa", "hf-flash")
+BACKENDS = ("sdpa", "triton", "fa2", "fa3", "fa4", "flashinfer")
+ENGINE_FORMS = {
+    "release": "release",
+    "triton": "release, Triton",
+    "patched": "patched",
+    "fa4": "patched, all FA4",
+}
+LAYER_FORMS = {
+    "FA4 mask_mod": "FA4 with `mask_mod` (release)",
+    "Triton ranges": "Triton (release)",
+} | {
+    f"FA{version} {form}": f"FA{version}{name}"
+    for version in (2, 3, 4)
+    for form, name in {
+        "chosen": "",
+        "correction": " as correction",
+        "split": " as split",
+        "one_call": " in one call",
+    }.items()
+}
+MODELS = {"e2b": "E2B", "e4b": "E4B", "12b": "12B", "26b": "26B-A4B", "31b": "31B"}
+TOWERS = {"26b": "26B-A4B and 31B", "e2b": "E2B and E4B"}
+# What scaling is along, and whether it is of the tower.
+AXES = {
+    "images": ("images in a batch", True),
+    "soft_tokens": ("soft tokens of an image", True),
+    "context": ("tokens of context", False),
+    "image_share": ("share of images in the context", False),
+}
+# Up to here the exponent of a power is called so.
+GROWTH = (
+    (-0.1, "falls"),
+    (0.1, "hardly grows"),
+    (0.9, "grows less than linearly"),
+    (1.1, "grows linearly"),
+    (1.9, "grows faster than linearly"),
+    (2.1, "grows with the square"),
+    (math.inf, "grows faster than the square"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one job: what it ran on and how, and its records."""
+
+    head: Record
+    records: list[Record]
+
+    @property
+    def title(self) -> str:
+        """What its job is called besides level and model, after a space."""
+        return "".join(f" {word}" for word in self.head["job"].split()[2:])
+
+    @property
+    def command(self) -> str:
+        """For a person to type."""
+        words = [
+            f'"{word}"' if set(word) & set(" ;") else word
+            for word in self.head["command"]
+        ]
+        return "PYTHONPATH=. $(make -s python) -m " + " ".join(words)
+
+    @property
+    def stamp(self) -> str:
+        """The day and the commit of this project that it was made with."""
+        return f"{self.head['time'][:10]}, commit {self.head['commit'][:9]}"
+
+    @property
+    def machine(self) -> str:
+        """What it ran on, with the versions of what is installed there."""
+        machine = self.head["machine"]
+        gpus = machine.get("gpus", 0)
+        parts = [f"{gpus} GPUs, "] if gpus > 1 else []
+        parts.append(f"{machine['cores']} cores of {machine.get('cpu', 'a processor')}")
+        versions = ", ".join(f"{k} {v}" for k, v in sorted(machine["versions"].items()))
+        return "".join(parts) + f"; {versions}"
+
+
+@dataclass
+class Device:
+    """A GPU or processor, and the runs that were made on it.
+
+    Args:
+        name: the GPU's, or the processor's with its cores.
+        jobs: the runs by job, all of one release and tree.
+        dropped: jobs that have only runs of others.
+        folder: where its plots are, from the text.
+    """
+
+    name: str
+    jobs: dict[str, Run]
+    dropped: list[str]
+    folder: str
+
+    @property
+    def newest(self) -> Run:
+        """The run that was made last."""
+        return max(self.jobs.values(), key=lambda run: str(run.head["time"]))
+
+    @property
+    def stem(self) -> str:
+        """What its files' names begin with."""
+        words = "".join(c if c.isalnum() else " " for c in self.name.lower()).split()
+        return "-".join(words)
+
+    def runs(self, level: str) -> list[Run]:
+        """Return the runs of a level."""
+        return [run for job, run in self.jobs.items() if job.split()[0] == level]
+
+    def records(self, level: str) -> list[Record]:
+        """Return what was measured on a level, without what could not run."""
+        return measured(r for run in self.runs(level) for r in run.records)
+
+    def groups(
+        self, level: str, *keys: str
+    ) -> Iterator[tuple[Run, tuple[Any, ...], list[Record]]]:
+        """Return a level's records by run and the values of some keys.
+
+        Only what is of one run was measured by turns, and can be compared.
+        """
+        for run in self.runs(level):
+            for values, records in split(measured(run.records), *keys).items():
+                yield run, values, records
+
+
+def latest(lines: Iterable[Record], folder: str) -> list[Device]:
+    """Return the last run of each job, by device.
+
+    Of each device, only runs of the release and tree that were measured last: numbers
+    of different ones do not belong in one text.
+
+    Args:
+        lines: those of all files of results.
+        folder: where the plots are, from the text.
+
+    Raises:
+        Failure: records come without a line that says what they were made on.
+    """
+    found: dict[str, list[Run]] = {}
+    current: Run | None = None
+    for line in lines:
+        if "command" in line:
+            current = Run(line, [])
+            machine = line["machine"]
+            name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+            found.setdefault(name, []).append(current)
+        elif current is None or line.get("job") != current.head["job"]:
+            raise Failure(
+                f"records of {line.get('job')} do not say what they were made on",
+                "remove them, and `make bench` makes new ones",
+            )
+        else:
+            current.records.append(line)
+    devices = []
+    for name, runs in found.items():
+        # Of two at the same time the last line counts.
+        runs.sort(key=lambda run: str(run.head["time"]))
+        made_on = [(run.head["release"], run.head["tree"]) for run in runs]
+        # In the order in which they were measured first.
+        of_job: dict[str, Run] = {}
+        for run, on in zip(runs, made_on, strict=True):
+            if on == made_on[-1]:
+                of_job[run.head["job"]] = run
+        jobs = dict.fromkeys(run.head["job"] for run in runs)
+        dropped = [job for job in jobs if job not in of_job]
+        devices.append(Device(name, of_job, dropped, folder))
+    return devices
+
+
+def measured(records: Iterable[Record]) -> list[Record]:
+    """Return records without those that say why there is nothing."""
+    return [record for record in records if "skipped" not in record]
+
+
+def split(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
+    """Return records by their values of some keys, in the order they came in."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record.get(key) for key in keys), []).append(record)
+    return found
+
+
+def by(records: Iterable[Record], key: str) -> dict[Any, Record]:
+    """Return the last record of each value of a key."""
+    return {record[key]: record for record in records}
+
+
+def known(names: Mapping[str, str], records: Iterable[Record]) -> list[str]:
+    """Return the trees that records have: first those with a name, in its order."""
+    there = dict.fromkeys(record["tree"] for record in records)
+    return [*(n for n in names if n in there), *(n for n in there if n not in names)]
+
+
+def number(value: float) -> str:
+    """Return a measured number with three digits, or all before the point."""
+    size = abs(value)
+    if not size:
+        return "0"
+    places = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
+    return f"{value:,.{places}f}"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the range of its samples, quartiles if a record has them."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        low, high = number(self.low), number(self.high)
+        return f"{number(self.median)} ({low} to {high})"
+
+    def over(self, other: "Spread") -> "Spread":
+        """Return the ratio, from the closest to the farthest of both ranges."""
+        return Spread(
+            self.median / other.median, self.low / other.high, self.high / other.low
+        )
+
+    def overlaps(self, other: "Spread") -> bool:
+        """Return whether the ranges have a value in common."""
+        return self.low <= other.high and other.low <= self.high
+
+
+def spread(record: Record, scale: float = 1) -> Spread:
+    """Return a record's median and quartiles, or what else it has of its samples.
+
+    Args:
+        record: of a time or a rate.
+        scale: what its values are multiplied by.
+    """
+    median = record["median"]
+    low, high = record.get("quartiles") or record.get("p10_p90") or (median, median)
+    return Spread(scale * median, scale * low, scale * high)
+
+
+def of_bench(record: Record) -> tuple[Spread, str]:
+    """Return the result of one of vLLM's own benchmarks, and its unit."""
+    if record["bench"] == "throughput":
+        return spread(record), "tok/s"
+    return spread(record, 1e3), "ms"
+
+
+def first_token(record: Record) -> Spread:
+    """Return the time to the first token of a load, in milliseconds."""
+    # A request that failed has none.
+    times = [time for time in record["ttfts"] if time > 0]
+    median = record["median_ttft_ms"]
+    if len(times) < 2:  # which has no quartiles
+        return Spread(median, median, median)
+    low, _, high = statistics.quantiles(times, method="inclusive")
+    return Spread(median, 1e3 * low, 1e3 * high)
+
+
+def rated(records: Iterable[Record]) -> list[Record]:
+    """Return the records of a rate, lowest first, without that of all at once."""
+    found = [record for record in records if record["rate"] is not None]
+    return sorted(found, key=lambda record: float(record["rate"]))
+
+
+def kept(records: Iterable[Record]) -> float | None:
+    """Return the highest rate that does not saturate a tree, None if the lowest does.
+
+    Higher ones do not count once one does.
+
+    Args:
+        records: of one tree and load.
+    """
+    best = None
+    for record in rated(records):
+        if record["saturated"]:
+            break
+        best = float(record["rate"])
+    return best
+
+
+@dataclass(frozen=True)
+class Power:
+    """y = factor * x ** exponent."""
+
+    factor: float
+    exponent: float
+
+    def __call__(self, x: float) -> float:
+        """Return y."""
+        return float(self.factor * x**self.exponent)
+
+    @property
+    def words(self) -> str:
+        """How y grows with x."""
+        return next(text for most, text in GROWTH if self.exponent <= most)
+
+
+def upper(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the upper half of points by x, of those where a power can go through."""
+    found = sorted((x, y) for x, y in points if x > 0 and y > 0)
+    return found[len(found) // 2 :]
+
+
+def fit(points: Iterable[tuple[float, float]]) -> Power | None:
+    """Fit a power to the upper half of points, by least squares of the logarithms.
+
+    Args:
+        points: x and y.
+
+    Returns:
+        The power, or None where there are not two points.
+    """
+    logs = [(math.log(x), math.log(y)) for x, y in upper(points)]
+    if len({x for x, _ in logs}) < 2:
+        return None
+    slope, start = statistics.linear_regression(*zip(*logs, strict=True))
+    return Power(math.exp(start), slope)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a table in Markdown, and the empty line after it."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def prose(text: str) -> list[str]:
+    """Return a paragraph in one line, and the empty line after it."""
+    return [" ".join(text.split()), ""]
