@@ -709,19 +709,10 @@ def rebase() -> None:
     _finish(clone, state)
 
 
-def failed(error: GitError) -> Failure:
-    """Return a failure for a git command that should not have failed."""
-    line = re.sub(r"^(fatal|error): ", "", str(error).split("\n")[0])
-    return Failure(f"git could not go on ({line})", "mend that and run this again")
-
-
 def main() -> None:
     """Rebase the series."""
-    try:
-        with console.lock():
-            rebase()
-    except GitError as error:
-        raise failed(error) from None
+    with console.lock():
+        rebase()
 
 
 if __name__ == "__main__":

@@ -571,8 +571,17 @@ def confined() -> list[str]:
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
 
-@pytest.mark.parametrize("verb", ["apply", "rebase", "status"])
+@pytest.mark.parametrize(
+    "verb", ["apply", "rebase", "status", "export", "verify", "upstream"]
+)
 def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
+    if verb in ("export", "verify"):
+        # What a series makes is there: what fails comes after it.
+        filled.change("tests/test_a.py", "pass", "...", "A test")
+        filled.run("export")
+        filled.run("apply", VLLM=str(theirs))
+    for name, value in (("name", "Ada"), ("email", "ada@example.invalid")):
+        filled.git("config", f"user.{name}", value, at=theirs)
     folders = [path for path in theirs.rglob("*") if path.is_dir()]
     for path in (theirs, *folders):
         path.chmod(0o555)
@@ -580,7 +589,7 @@ def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
         done = subprocess.run(
             [*confined(), sys.executable, "-m", f"scripts.{verb}"],
             cwd=filled.root,
-            env=filled.environ(VLLM=str(theirs), TO=NEW),
+            env=filled.environ(VLLM=str(theirs), TO=NEW, PATCH="2"),
             capture_output=True,
             text=True,
         )
@@ -593,6 +602,23 @@ def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
     assert "cannot be written" in last
     assert filled.git("status", "--porcelain", at=theirs) == ""
     assert not list((filled.root / "build").glob("rebase-*"))
+
+
+def test_git_that_fails(filled: Toy, tmp_path: Path) -> None:
+    """Where nobody expected it to."""
+    upstream(filled)
+    filled.run("status")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "git").write_text(
+        '#!/bin/sh\ncase "$1" in read-tree) echo "fatal: no" >&2; exit 1;; esac\n'
+        f'exec "{shutil.which("git")}" "$@"\n'
+    )
+    (folder / "git").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    said = "error: git failed in build/vllm (no): mend that and run this again"
+    for verb in ("apply", "lint", "status"):
+        assert filled.fails(verb, PATH=path, STAGE="patches", TO=NEW) == said
 
 
 @pytest.mark.parametrize("how", ["whole", "shallow", "own", "dirty"])
