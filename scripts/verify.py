@@ -789,9 +789,10 @@ def unknown(
 
 
 def _said(name: str, text: str, release: Release) -> object:
-    """Return what a file of ENVIRONMENT says of a release."""
+    """Return what a file of ENVIRONMENT says of a release to checks."""
     if name == "pins.toml":
-        return tomllib.loads(text).get("releases", {}).get(release.tag)
+        pins = tomllib.loads(text).get("releases", {}).get(release.tag, {})
+        return {key: said for key, said in pins.items() if key != "wheel"}
     return text.strip()
 
 

@@ -458,6 +458,10 @@ def test_since(project: Project) -> None:
     assert list(project.table()) == ["0003"]
     pins = toy.root / "pins.toml"
     text = pins.read_text()
+    # As `make wheel BUMP=1` writes it.
+    pins.write_text(f'{text}[releases."{TAG}".wheel]\nnumber = 2\nseries = "x"\n')
+    project.verify(SINCE="main")
+    assert list(project.table()) == ["0003", "0004"]
     pins.write_text(text.replace('TOY_SETTING = "1"', 'TOY_SETTING = "2"'))
     said = project.verify(SINCE="main", PATCH="1")
     pins.write_text(text)
