@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make verify`: each patch on its own, with only those before it."""
 
+import ast
 import contextlib
 import fcntl
 import hashlib
@@ -143,6 +144,8 @@ class Result:
     names: list[str] = field(default_factory=list)
     seen: str = ""
     outcomes: dict[str, str] = field(default_factory=dict)
+    # Why tests were skipped.
+    reasons: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     why: str = ""
     log: str = ""
@@ -357,8 +360,9 @@ class Check:
     file: str = ""
     needs: list["Check"] = field(default_factory=list)
     result: Result | None = None
-    # Of "without": what to show of it.
+    # Of "without": what to show of it, and why.
     shown: str = ""
+    why: str = ""
 
     @property
     def what(self) -> str:
@@ -543,10 +547,12 @@ class Verifier:
         command = runner.command(self.target.python, report, [file, *more])
         result, status = self._call(slot, commit, command, stem)
         if report.exists():
-            for name, outcome in runner.outcomes(report):
+            for name, outcome, why in runner.outcomes(report):
                 # A test that passes and fails when it is torn down is there twice.
                 if result.outcomes.get(name) != "failed":
                     result.outcomes[name] = outcome
+                if why:
+                    result.reasons[name] = why
         if not result.why and status not in (0, 5) and not result.tests("failed"):
             # A conftest that does not import leaves no report.
             result.outcomes[_whole(file)] = "failed"
@@ -563,7 +569,12 @@ class Verifier:
         passed = {file: set(one.tests("passed")) for file, one in after.items()}
         files = [file for file in step.own if passed.get(file)]
         state = self.state(step.stripped)
-        check.shown = "PASSES" if files else "skipped here"
+        skipped = self._skipped(step, after)
+        if skipped or not files:
+            check.shown = "skipped here"
+            check.why = ", ".join(sorted(set(skipped)))
+            return
+        check.shown = "PASSES"
         for file in sorted(files, key=lambda file: after[file].seconds):
             # The first failure is mostly enough. Only that of a test that passes with
             # the patch counts.
@@ -586,6 +597,53 @@ class Verifier:
                     return
                 if not failed:
                     break
+
+    def _skipped(self, step: Step, after: dict[str, Result]) -> list[str]:
+        """Return why the tests that a patch adds or changes were skipped with it.
+
+        Returns:
+            One reason a test, none if it has no such tests or one was not skipped.
+        """
+        reasons = []
+        for file, result in after.items():
+            sources = []
+            for commit in (step.before, step.after):
+                blob = self.state(commit).blobs.get(file)
+                sources.append(self.clone("cat-file", "blob", blob) if blob else "")
+            whole = result.outcomes.get(_whole(file))
+            for test in changed_tests(*sources):
+                # Of all parameters, and of all classes that have one of that name.
+                of = [
+                    name
+                    for name in result.outcomes
+                    if name.partition("[")[0].endswith(f"::{test}")
+                ] or [_whole(file)] * bool(whole)
+                if not of or any(result.outcomes[name] != "skipped" for name in of):
+                    return []
+                reasons += [result.reasons.get(name, "") for name in of]
+        return reasons
+
+
+def changed_tests(before: str, after: str) -> list[str]:
+    """Return the names of the tests that one form of a file has and another has not.
+
+    Args:
+        before: a test file, empty if there was none.
+        after: what became of it.
+    """
+    try:
+        was, now = (
+            [
+                (node.name, ast.dump(node))
+                for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.name.startswith("test_")
+            ]
+            for source in (before, after)
+        )
+    except SyntaxError:
+        return []
+    return list(dict.fromkeys(name for name, said in now if (name, said) not in was))
 
 
 def _hash(*parts: object) -> str:
@@ -1081,6 +1139,9 @@ def _report(
     rows = table(verifier, made, listed, missed)
     wrong = [check for check in listed if check not in missed and bad(check)]
     lines = [line for check in wrong for line in _failure(check)]
+    skipped = [check for check in listed if check.shown == "skipped here"]
+    said = "its tests are skipped here"
+    lines += [f"SKIPPED {check.step.name}: {said}: {check.why}" for check in skipped]
     report = BUILD / "reports" / f"verify-{release.tag}.log"
     with report.open("w") as out:
         wide = type(err)(file=out, width=200, markup=False, emoji=False)
@@ -1092,7 +1153,8 @@ def _report(
     if missed:
         say(f"{len(missed)} checks not reached: run it again to go on")
     none = [step.name for step in made if not step.own]
-    note = f", {len(none)} without tests" if none else ""
+    note = f", {len(skipped)} skipped here" if skipped else ""
+    note += f", {len(none)} without tests" if none else ""
     sys.stderr.flush()
     print(
         f"{len(made)} patches, {len(listed) - len(missed)} checks, "

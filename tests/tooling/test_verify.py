@@ -265,6 +265,53 @@ def test_tests_that_pass_without_the_patch(project: Project) -> None:
     assert project.table()["0005"]["without it"] == "skipped here"
 
 
+NEEDS_GPU = """
+
+@pytest.mark.parametrize("x", ["a::b", "c"])
+class Test:
+    @pytest.mark.skipif(True, reason="needs a GPU")
+    def test_on_gpu(self, x):
+        assert {claim}
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["new", "changed", "whole", "one runs", "helper", "decorator"]
+)
+def test_tests_that_are_skipped_here(project: Project, how: str) -> None:
+    """Those of the patch; that others of its file pass is no proof of it."""
+    plain = project.text("tests/test_a.py").replace(
+        "import os\n", "import os\n\nimport pytest\n"
+    )
+    skipping = plain + NEEDS_GPU.format(claim="a11")
+    text = project.text("vllm/a.py")
+    later = {
+        "new": skipping,
+        "changed": skipping.replace("assert a11\n", "assert a11 == 99\n"),
+        "whole": plain + '\n\npytest.skip("no Triton", allow_module_level=True)\n'
+        "\n\ndef test_more():\n    pass\n",
+        "one runs": skipping + "\n\ndef test_here():\n    assert a11\n",
+        "helper": skipping + "\n\ndef helper():\n    pass\n",
+        "decorator": skipping.replace('reason="needs', 'reason="wants'),
+    }[how]
+    if how in ("changed", "helper", "decorator"):
+        project.commit("Before", tests__test_a=skipping, vllm__a=text + "a60 = 60\n")
+    project.commit("After", tests__test_a=later, vllm__a=text + "a61 = 61\n")
+    project.toy.run("export")
+    last = "0006" if how in ("changed", "helper", "decorator") else "0005"
+    excused = how not in ("one runs", "helper")
+    said = project.verify(good=excused, PATCH=last)
+    wanted = "skipped here" if excused else "PASSES"
+    assert project.table()[last]["without it"] == wanted
+    assert (", 1 skipped here" in said) == excused
+    if excused:
+        reasons = {"whole": "no Triton", "decorator": "wants a GPU"}
+        reason = reasons.get(how, "needs a GPU")
+        assert f"SKIPPED {last}: its tests are skipped here: {reason}\n" in said
+        # None was run without it.
+        assert project.counted()["a"] == 1
+
+
 def test_refactor(project: Project) -> None:
     more = project.text("tests/test_b.py").replace("b50 == 51", "b50 > 50")
     project.commit("Move", vllm__b=project.text("vllm/b.py") + "\n", tests__test_b=more)
