@@ -574,7 +574,7 @@ def test_hook_refuses_without_a_tree(project: Project) -> None:
     assert "names no tree for make verify" in done.stderr
 
 
-def test_caches_of_changed_files_are_forgotten(project: Project) -> None:
+def test_caches_of_changed_files_are_not_taken(project: Project) -> None:
     """Python takes a file of the same size and second for the same."""
     toy = project.toy
     first, second, third = toy.git("rev-list", "--reverse", f"{TAG}..{BRANCH}").split()[
@@ -584,17 +584,25 @@ def test_caches_of_changed_files_are_forgotten(project: Project) -> None:
     folder = toy.root / "build" / f"verify-{TAG}"
     clone = Clone(toy.own)
     slot = verify.Slot(clone, clone.resolve(TAG), folder / "tree-0", wheel)
-    cache = slot.put(third) / "vllm" / "__pycache__"
+    code = "import vllm.a, vllm.b; print(vllm.a.a11, vllm.b.b50)"
+
+    def ask(commit: str) -> str:
+        tree = slot.put(commit)
+        command = [sys.executable, "-c", code]
+        env = {"PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            command, cwd=tree, env=env, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    base = clone.resolve(TAG)
+    said = [ask(commit) for commit in (second, base, second, first, base)]
+    assert said == ["99 51", "11 50", "99 51", "99 50", "11 50"]
     assert (slot.path / "vllm" / "_C.abi3.so").read_text() == "compiled"
-    cache.mkdir()
-    for name in ("a", "b", "new"):
-        (cache / f"{name}.cpython-311.pyc").touch()
-    slot.put(second)
-    assert sorted(path.name[0] for path in cache.iterdir()) == ["a", "b"]
-    slot.put(first)
-    assert [path.name[0] for path in cache.iterdir()] == ["a"]
-    # What a killed run left is known to nobody.
-    (folder / "tree-0.at").unlink()
-    slot.put(first)
-    assert not cache.exists()
+    # A folder that is a cache alone would be a package.
+    deep = slot.path / "vllm" / "deep" / "er"
+    for folder in (deep, deep.parent):
+        (folder / "__pycache__").mkdir(parents=True)
+    slot.put(third)
+    assert not deep.parent.exists() and (slot.path / "vllm" / "__pycache__").exists()
     os.close(slot.lock)
