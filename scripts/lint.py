@@ -228,7 +228,7 @@ class Lint:
         changed: dict[str, list[str]] = {}
         for path in files:
             raw = path.read_bytes()
-            if b"\r\n" in raw.partition(b"\n\ndiff --git ")[0]:
+            if series.crlf(raw):
                 self.report(f"{path.name}: CRLF line ends")
                 continue
             patch = parse(raw.decode(errors="replace"))

@@ -105,6 +105,17 @@ def content(raw: bytes) -> Content:
     return Content(fields["tree"], fields["author"], message.strip("\n"))
 
 
+def crlf(mail: bytes) -> bool:
+    """Return whether a patch has line ends that git would not have written.
+
+    Args:
+        mail: the file. Lines that it adds to files may have them.
+    """
+    message, _, diff = mail.partition(b"\ndiff --git ")
+    heads = rb"(?m)^(diff --git |index |@@ -)[^\n]*\r$"
+    return b"\r\n" in message or bool(re.search(heads, b"diff --git " + diff))
+
+
 def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str]:
     """Make the commits of a series: the same on every machine for one base.
 
@@ -129,7 +140,7 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
     commits: list[str] = []
     for at, path in enumerate(files):
         mail = path.read_bytes()
-        if b"\r\n" in mail.split(b"\n\n", 1)[0]:
+        if crlf(mail):
             raise Failure(
                 f"{show(path)} has CRLF line ends",
                 "get it again with core.autocrlf off",

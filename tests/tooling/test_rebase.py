@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bringing a series to another release, and each way in which that can go wrong."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -336,26 +337,58 @@ def test_added_upstream(filled: Toy) -> None:
 # Patches that are none.
 
 
-@pytest.mark.parametrize("verb", ["apply", "rebase", "status"])
-@pytest.mark.parametrize("fault", ["corrupt", "crlf", "cut", "misfit"])
-def test_bad_patch(filled: Toy, verb: str, fault: str) -> None:
+def given(toy: Toy, tmp_path: Path, verb: str) -> dict[str, Any]:
+    """What a verb needs to get as far as the patches."""
+    if verb == "wheel":
+        wheel = f'[releases."{TAG}".cpu.wheels.x86_64]\nfile = "x"\nsha256 = "x"\n'
+        with (toy.root / "pins.toml").open("a") as pins:
+            pins.write(f'[releases."{TAG}".cpu]\nproject = "x"\ntorch = "1"\n{wheel}')
+        return {"DEVICE": "cpu", "MACHINE": "x86_64"}
+    if verb == "install":
+        (tmp_path / "RECORD").touch()
+        python = tmp_path / "python"
+        found = json.dumps([["vllm", "1.0.0", str(tmp_path), str(tmp_path), False]])
+        python.write_text(f"#!/bin/sh\necho '{found}'\n")
+        python.chmod(0o755)
+        return {"PYTHON": str(python)}
+    if verb == "upstream":
+        toy.repository(tmp_path / "main", TREE, "upstream")
+        for name, value in (("name", "Ada"), ("email", "ada@example.invalid")):
+            toy.git("config", f"user.{name}", value, at=tmp_path / "main")
+        return {"VLLM": str(tmp_path / "main"), "PATCH": "3"}
+    return {"TO": NEW}
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["apply", "rebase", "status", "verify", "wheel", "install", "upstream"],
+)
+@pytest.mark.parametrize(
+    "fault", ["corrupt", "crlf", "crlf body", "crlf new", "cut", "misfit"]
+)
+def test_bad_patch(filled: Toy, tmp_path: Path, verb: str, fault: str) -> None:
     upstream(filled)
     filled.run("apply")
     tip = filled.head()
-    path = filled.patches / SECOND
+    name = THIRD if fault == "crlf new" else SECOND
+    path = filled.patches / name
     text = path.read_bytes()
+    head, mark, diff = text.partition(b"\ndiff --git ")
+    mangled = head + mark + diff.replace(b"\n", b"\r\n")
     path.write_bytes(
         {
             "corrupt": text.replace(b"-b50 = 50\n", b"?b50 = 50\n"),
             "crlf": text.replace(b"\n", b"\r\n"),
-            "cut": text[: text.index(b"+b50")],
+            "crlf body": mangled,
+            "crlf new": mangled,
+            "cut": text.partition(b"+b50")[0],
             "misfit": text.replace(b"-b50 = 50\n", b"-b50 = 51\n"),
         }[fault]
     )
-    line = filled.fails(verb, TO=NEW)
-    assert SECOND in line
-    says = {"crlf": "has CRLF", "misfit": "does not apply to vllm/b.py, hunk 1 of 1"}
-    assert says.get(fault, "is corrupt (line ") in line
+    line = filled.fails(verb, **given(filled, tmp_path, verb))
+    assert name in line
+    says = {"crl": "has CRLF", "mis": "does not apply to vllm/b.py, hunk 1 of 1"}
+    assert says.get(fault[:3], "is corrupt (line ") in line
     assert filled.head() == tip and filled.git("status", "--porcelain") == ""
     assert (
         not tree(filled).exists() and filled.git("branch", "--list", NEW_BRANCH) == ""
