@@ -143,6 +143,11 @@ class Clone:
         return out.decode(errors="surrogateescape").rstrip("\n")
 
     @property
+    def common(self) -> Path:
+        """The folder of what all worktrees of the clone share."""
+        return Path(self("rev-parse", "--path-format=absolute", "--git-common-dir"))
+
+    @property
     def key(self) -> str:
         """What tells this clone from others in names of files."""
         return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]

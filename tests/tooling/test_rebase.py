@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -766,6 +767,63 @@ def test_two_at_once(filled: Toy) -> None:
         line = filled.fails("rebase", TO=NEW)
         assert "another make command is at work" in line
     filled.run("rebase", TO=NEW)
+
+
+@pytest.mark.parametrize("other", ["project", "worktree"])
+def test_two_at_once_on_one_clone(
+    filled: Toy, theirs: Path, tmp_path: Path, other: str
+) -> None:
+    """Two projects that know nothing of one another, or two worktrees."""
+    shutil.copytree(filled.root, tmp_path / "second", symlinks=True)
+    second, at = Toy(tmp_path / "second", filled.home), theirs
+    if other == "worktree":
+        at = tmp_path / "linked"
+        filled.git("worktree", "add", "-q", "--detach", str(at), TAG, at=theirs)
+    folder, go = tmp_path / "bin", tmp_path / "go"
+    folder.mkdir()
+    # The first one waits in its first pick.
+    (folder / "git").write_text(
+        f'#!/bin/bash\ncase "$*" in *cherry-pick*) touch "{folder}/hit"\n'
+        f'while [ ! -e "{go}" ]; do sleep 0.05; done;; esac\n'
+        f'exec "{shutil.which("git")}" "$@"\n'
+    )
+    (folder / "git").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.rebase"],
+        cwd=filled.root,
+        env=filled.environ(PATH=path, TO=NEW, VLLM=str(theirs)),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as first:
+        try:
+            for _ in range(600):
+                if (folder / "hit").exists():
+                    break
+                time.sleep(0.05)
+            line = second.fails("rebase", TO=NEW, VLLM=str(at))
+        finally:
+            go.touch()
+        _, said = first.communicate()
+    assert "another make command is at work in" in line and ".git/gemma4/" in line
+    assert f"{FIRST} conflicts with {NEW} in vllm/a.py" in said
+    if other == "project":
+        line = second.fails("rebase", TO=NEW, VLLM=str(at))
+        assert f"a rebase to {NEW} is under way, stopped at {FIRST}" in line
+        return
+    # Each worktree has a rebase of its own, and what one keeps is not the other's.
+    second.fails("rebase", TO=NEW, VLLM=str(at))
+    refs = "refs/gemma4/rebase-*"
+    assert len(filled.git("for-each-ref", refs, at=theirs).splitlines()) == 2
+    second.run("rebase", ABORT="1", VLLM=str(at))
+    assert len(filled.git("for-each-ref", refs, at=theirs).splitlines()) == 1
+    (made,) = (filled.root / "build").glob(f"rebase-{NEW}-*")
+    made.rename(tree(filled))
+    mend(filled)
+    tree(filled).rename(made)
+    filled.run("rebase", CONTINUE="1", VLLM=str(theirs))
+    assert "a10 = 'both'\n" in (theirs / "vllm/a.py").read_text()
+    assert filled.git("for-each-ref", refs, at=theirs) == ""
 
 
 def test_two_one_after_the_other(filled: Toy) -> None:
