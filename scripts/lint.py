@@ -290,8 +290,11 @@ def checkout(clone: Clone, tip: str, tree: Path) -> Clone:
         own("checkout", "-q", "-f", "--detach", tip)
     except GitError:
         console.remove(tree)
-        clone("clone", "-q", "--shared", "--no-checkout", str(clone.path), str(tree))
+        # `git clone` takes no commit that no ref leads to from a shallow clone.
+        clone("init", "-q", "--template=", "--object-format=sha1", str(tree))
         own = Clone(tree)
+        (own.dir / "objects/info").mkdir(exist_ok=True)
+        (own.dir / "objects/info/alternates").write_text(f"{clone.objects()}\n")
         own("checkout", "-q", "-f", "--detach", tip)
     own("clean", "-q", "-f", "-d")
     return own

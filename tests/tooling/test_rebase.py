@@ -632,7 +632,7 @@ def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
             path.chmod(0o755)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "their clone" in last
+    assert last.startswith("error: ") and "théir clone's" in last
     assert "cannot be written" in last
     assert filled.git("status", "--porcelain", at=theirs) == ""
     assert not list((filled.root / "build").glob("rebase-*"))

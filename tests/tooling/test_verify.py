@@ -532,6 +532,22 @@ def test_since_of_a_reordered_series(project: Project) -> None:
     assert list(project.table()) == ["0002", "0003"]
 
 
+def test_shallow_clone(project: Project, tmp_path: Path) -> None:
+    toy, pins = project.toy, project.toy.root / "pins.toml"
+    shallow = tmp_path / "théir clone's"
+    source = f"file://{toy.own}"
+    toy.git("clone", "-q", "--depth=1", "-b", TAG, source, str(shallow))
+    text = pins.read_text()
+    pins.write_text(text.replace("0000000", toy.git("rev-parse", "--short=9", TAG)))
+    try:
+        project.verify(VLLM=str(shallow), PATCH="1-2")
+    finally:
+        pins.write_text(text)
+    rows = project.table().values()
+    assert [row["without it"] for row in rows] == ["fails", "fails"]
+    assert (shallow / ".git" / "shallow").exists()
+
+
 def test_patch_that_does_not_apply(project: Project) -> None:
     project.edit(2, "-b50 = 50", "-b50 = 49")
     line = project.toy.fails("verify", **project.env())
