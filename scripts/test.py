@@ -177,7 +177,7 @@ def pytest(
 # Variables of make's command line: a test that runs make must not inherit them.
 _OWN = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
-    *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
+    *("FULL", "JOBS", "MINUTES", "PARTIAL", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
     *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH", "LEVEL", "RESULTS"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),

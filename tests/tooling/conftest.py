@@ -284,7 +284,7 @@ def release(toy: Toy, tag: str, tree: dict[str, str], commit: str = "0000000") -
 
 OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
-    *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
+    *("FULL", "JOBS", "MINUTES", "PARTIAL", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
     *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),

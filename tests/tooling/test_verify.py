@@ -415,10 +415,33 @@ def test_time_that_is_over(project: Project) -> None:
     script.write_text(script.read_text().replace("60 * minutes", "2 * minutes"))
     said = project.verify(good=False, MINUTES="1")
     assert "checks not reached: run it again to go on" in said
+    assert re.search("(?m)^NOT REACHED 0004: .*tests/test_a.py", said)
     assert "not reached" in str(project.table())
     done = project.counted()
     project.verify()
     assert Counter(done) + Counter(project.counted()) == {"a": 2, "b": 3, "new": 1}
+
+
+def test_part_in_the_time_there_is(project: Project) -> None:
+    """What is not reached is no failure, what fails is."""
+    script = project.toy.root / "scripts" / "verify.py"
+    text = script.read_text()
+    script.write_text(text.replace("60 * minutes", "0 * minutes"))
+    said = project.verify(MINUTES="1", PARTIAL="1")
+    assert (
+        "NOT REACHED 0002: lint, import, tests/test_b.py, without, tests/test_a.py"
+        in (said)
+    )
+    script.write_text(text)
+    project.edit(1, "a11 == 99", "a11 == 98")
+    project.verify(good=False, PATCH="1", PARTIAL="1")
+
+
+def test_own_tests_come_first(project: Project) -> None:
+    project.verify(FULL="1", JOBS="1")
+    ran = project.ran.read_text().split()
+    # With and without each patch, and then after those that follow it.
+    assert ran == ["a", "a", "b", "b", "new", "a", "a", "b", "a", "b", "new"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
