@@ -190,6 +190,30 @@ def numbering(files: list[Path]) -> Iterator[str]:
             return
 
 
+def standing(page: str, patches: dict[str, Patch]) -> Iterator[str]:
+    """Find rows of a table of patches that say another upstream status than they do.
+
+    Args:
+        page: a document whose rows begin with a patch's number. The column is headed
+            "upstream"; a pending patch is "not submitted" there.
+        patches: the series by number.
+
+    Yields:
+        One line a finding.
+    """
+    column = -1
+    for row in page.splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if row.startswith("|") and "upstream" in cells:
+            column = cells.index("upstream")
+        patch = patches.get(cells[0]) if row.startswith("|") else None
+        if not patch or column < 0:
+            continue
+        wanted = patch.status.replace("Pending", "not submitted")
+        if cells[column] != wanted:
+            yield f"{cells[0]} is `{cells[column]}`, the patch says `{wanted}`"
+
+
 class Lint:
     """Findings so far."""
 
@@ -226,12 +250,13 @@ class Lint:
         for line in numbering(files):
             self.report(line)
         changed: dict[str, list[str]] = {}
+        known: dict[str, Patch] = {}
         for path in files:
             raw = path.read_bytes()
             if series.crlf(raw):
                 self.report(f"{path.name}: CRLF line ends")
                 continue
-            patch = parse(raw.decode(errors="replace"))
+            patch = known[path.name[:4]] = parse(raw.decode(errors="replace"))
             for line in (*header(patch), *text(patch)):
                 self.report(f"{path.name}: {line}")
             if patch.lines > BIG:
@@ -241,6 +266,11 @@ class Lint:
                 )
             for name in patch.files:
                 changed.setdefault(name, []).append(path.name)
+        if release == pins.load():
+            for name in ("README.md", "docs/maintaining.md"):
+                page = ROOT / name
+                for line in standing(page.read_text() if page.exists() else "", known):
+                    self.report(f"{name}: {line}")
         if not files:
             say(f"lint: no patches for {release.tag}")
             return
