@@ -144,6 +144,30 @@ def header(patch: Patch) -> Iterator[str]:
             yield f"a line of the message has {len(row)} columns: {row[:40]}..."
 
 
+def standing(page: str, patches: dict[str, Patch]) -> Iterator[str]:
+    """Find rows of a table of patches that say another upstream status than they do.
+
+    Args:
+        page: a document whose rows begin with a patch's number. The column is headed
+            "upstream"; a pending patch is "not submitted" there.
+        patches: the series by number.
+
+    Yields:
+        One line a finding.
+    """
+    column = -1
+    for row in page.splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if row.startswith("|") and "upstream" in cells:
+            column = cells.index("upstream")
+        patch = patches.get(cells[0]) if row.startswith("|") else None
+        if not patch or column < 0:
+            continue
+        wanted = patch.status.replace("Pending", "not submitted")
+        if cells[column] != wanted:
+            yield f"{cells[0]} is `{cells[column]}`, the patch says `{wanted}`"
+
+
 def text(patch: Patch) -> Iterator[str]:
     """Find what is wrong with the lines that a patch adds.
 
@@ -188,30 +212,6 @@ def numbering(files: list[Path]) -> Iterator[str]:
         if not path.name.startswith(f"{wanted:04}-"):
             yield f"{path.name}: the number should be {wanted:04}"
             return
-
-
-def standing(page: str, patches: dict[str, Patch]) -> Iterator[str]:
-    """Find rows of a table of patches that say another upstream status than they do.
-
-    Args:
-        page: a document whose rows begin with a patch's number. The column is headed
-            "upstream"; a pending patch is "not submitted" there.
-        patches: the series by number.
-
-    Yields:
-        One line a finding.
-    """
-    column = -1
-    for row in page.splitlines():
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        if row.startswith("|") and "upstream" in cells:
-            column = cells.index("upstream")
-        patch = patches.get(cells[0]) if row.startswith("|") else None
-        if not patch or column < 0:
-            continue
-        wanted = patch.status.replace("Pending", "not submitted")
-        if cells[column] != wanted:
-            yield f"{cells[0]} is `{cells[column]}`, the patch says `{wanted}`"
 
 
 class Lint:
