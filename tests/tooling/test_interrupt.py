@@ -77,9 +77,9 @@ def _wheel(base: Path) -> Toy:
     return toy
 
 
-BUMP = {"DEVICE": "cpu", "MACHINE": "x86_64", "BUMP": "1"}
+BUMP: dict[str, Any] = {"DEVICE": "cpu", "MACHINE": "x86_64", "BUMP": "1"}
 # The verb of each, what makes a project for it and what it is given.
-VERBS: dict[str, tuple[str, Callable[[Path], Toy], dict[str, str]]] = {
+VERBS: dict[str, tuple[str, Callable[[Path], Toy], dict[str, Any]]] = {
     "export": ("export", _export, {}),
     "build": ("build", _build, {}),
     "lint": ("lint", _lint, {"STAGE": "patches"}),
@@ -92,7 +92,7 @@ VERBS: dict[str, tuple[str, Callable[[Path], Toy], dict[str, str]]] = {
 @pytest.fixture(scope="module", params=VERBS)
 def _made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, dict[str, str], Toy]:
+) -> tuple[str, Path, dict[str, Any], Toy]:
     """A project before a verb, and the same after it."""
     verb, make, env = VERBS[request.param]
     base = tmp_path_factory.mktemp("before")
@@ -120,7 +120,7 @@ def state(toy: Toy) -> dict[str, Any]:
 @pytest.mark.parametrize("kill", SIGNALS)
 @pytest.mark.parametrize("at", ["git", "files"])
 def test_interrupted(
-    _made: tuple[str, Path, dict[str, str], Toy], tmp_path: Path, kill: str, at: str
+    _made: tuple[str, Path, dict[str, Any], Toy], tmp_path: Path, kill: str, at: str
 ) -> None:
     verb, base, env, done = _made
     wanted = state(done)
