@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON3 ?= python3
 export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT ARGS STAGE TO TO_DIR
-export PATCH SINCE FULL JOBS MINUTES
+export PATCH SINCE FULL JOBS MINUTES PARTIAL
 export UNDO BUMP MACHINE ONTO WITH LEVEL RESULTS
 
 RUN := build/tools/bin/python -m scripts
@@ -21,6 +21,7 @@ help: ## list the targets
 	@echo 'CONTINUE=1     apply: stop at a patch that does not apply, for git am --continue'
 	@echo 'PATCH=0007     verify: only these (3-5, 3-, 1,4); SINCE=revision: only what changed'
 	@echo 'FULL=1         verify: every test after every patch; JOBS=n at a time, MINUTES=n'
+	@echo '               PARTIAL=1: what MINUTES= leave out is named, but no failure'
 	@echo 'TO=tag         rebase, status: the release to go to, or TO_DIR=path of a clone'
 	@echo '               rebase: CONTINUE=1 goes on after a conflict, ABORT=1 gives up'
 	@echo 'MACHINE=name   wheel: for x86_64 or aarch64; BUMP=1 gives a changed series a number'

@@ -135,6 +135,8 @@ def run(main: Callable[..., None]) -> None:
     Args:
         main: the command; its parameters become options.
     """
+    from scripts.git import GitError  # which needs this module itself
+
     signal.signal(signal.SIGTERM, _interrupt)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
@@ -144,6 +146,8 @@ def run(main: Callable[..., None]) -> None:
             raise KeyboardInterrupt
     except Failure as failure:
         _end(f"error: {failure}", 1)
+    except GitError as error:
+        _end(f"error: {error.failure()}", 1)
     except KeyboardInterrupt:
         _end("interrupted: nothing is lost, run the same command again", 130)
     except OSError as error:

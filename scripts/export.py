@@ -120,8 +120,13 @@ def _replace(target: Path, made: Path, old: Path) -> None:
     for path in target.iterdir():
         if path.suffix != ".patch":
             (made / path.name).write_bytes(path.read_bytes())
-    target.rename(old)
-    made.rename(target)
+    try:
+        target.rename(old)
+        made.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        raise
     console.remove(old)
 
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,8 +48,42 @@ UNDER_WAY = {
 }
 
 
+DENIED = re.compile(
+    "insufficient permission|[Pp]ermission denied|Read-only file system|"
+    "unable to (create|write)|No space left"
+)
+
+
 class GitError(Exception):
-    """A git command that failed; the text is what it printed."""
+    """A git command that failed; the text is what it printed.
+
+    Args:
+        said: the text.
+        at: where it worked.
+    """
+
+    def __init__(self, said: str, at: Path) -> None:
+        super().__init__(said)
+        self.at = at
+
+    @property
+    def denied(self) -> str:
+        """The line that says that something cannot be written, empty if none does."""
+        lines = str(self).split("\n")
+        return next((line for line in lines if DENIED.search(line)), "")
+
+    def failure(self) -> Failure:
+        """Return what to tell a person where nobody knows more than git."""
+        line = self.denied or str(self).split("\n")[0]
+        said = re.sub(r"^(fatal|error): ", "", line)
+        if self.denied:
+            return Failure(
+                f"{show(self.at)} cannot be written ({said})",
+                "check its owner and the space left",
+            )
+        return Failure(
+            f"git failed in {show(self.at)} ({said})", "mend that and run this again"
+        )
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -70,12 +105,15 @@ def environment(**extra: str) -> dict[str, str]:
     return env | extra
 
 
-def _call(command: list[str], data: bytes | None, env: dict[str, str]) -> bytes:
+def _call(
+    command: list[str], data: bytes | None, env: dict[str, str], at: Path
+) -> bytes:
     done = subprocess.run(command, input=data, capture_output=True, env=env)
     if done.returncode:
         raise GitError(
             (done.stderr + done.stdout).decode(errors="replace").strip()
-            or f"git ended with {done.returncode}"
+            or f"git ended with {done.returncode}",
+            at,
         )
     return done.stdout
 
@@ -101,8 +139,13 @@ class Clone:
         Raises:
             GitError: its exit status is not 0.
         """
-        out = _call(self.command(*args), data, environment(**env))
+        out = _call(self.command(*args), data, environment(**env), self.path)
         return out.decode(errors="surrogateescape").rstrip("\n")
+
+    @property
+    def common(self) -> Path:
+        """The folder of what all worktrees of the clone share."""
+        return Path(self("rev-parse", "--path-format=absolute", "--git-common-dir"))
 
     @property
     def key(self) -> str:
@@ -172,7 +215,7 @@ class Scratch:
     """
 
     def __init__(self, clone: Clone, folder: Path) -> None:
-        self.folder = folder
+        self.clone, self.folder = clone, folder
         self.env = environment(
             GIT_CONFIG_GLOBAL=os.devnull,
             GIT_CONFIG_SYSTEM=os.devnull,
@@ -195,7 +238,7 @@ class Scratch:
         Returns:
             What it printed, as it is.
         """
-        return _call(["git", *args], data, self.env | env)
+        return _call(["git", *args], data, self.env | env, self.clone.path)
 
 
 def find(path: Path, given: str = "VLLM") -> Clone:

@@ -160,6 +160,30 @@ def header(patch: Patch) -> Iterator[str]:
             yield f"a line of the message has {len(row)} columns: {row[:40]}..."
 
 
+def standing(page: str, patches: dict[str, Patch]) -> Iterator[str]:
+    """Find rows of a table of patches that say another upstream status than they do.
+
+    Args:
+        page: a document whose rows begin with a patch's number. The column is headed
+            "upstream"; a pending patch is "not submitted" there.
+        patches: the series by number.
+
+    Yields:
+        One line a finding.
+    """
+    column = -1
+    for row in page.splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if row.startswith("|") and "upstream" in cells:
+            column = cells.index("upstream")
+        patch = patches.get(cells[0]) if row.startswith("|") else None
+        if not patch or column < 0:
+            continue
+        wanted = patch.status.replace("Pending", "not submitted")
+        if cells[column] != wanted:
+            yield f"{cells[0]} is `{cells[column]}`, the patch says `{wanted}`"
+
+
 def text(patch: Patch) -> Iterator[str]:
     """Find what is wrong with the lines that a patch adds.
 
@@ -322,12 +346,13 @@ class Lint:
         for line in numbering(files):
             self.report(line)
         changed: dict[str, list[str]] = {}
+        known: dict[str, Patch] = {}
         for path in files:
             raw = path.read_bytes()
-            if b"\r\n" in raw.partition(b"\n\ndiff --git ")[0]:
+            if series.crlf(raw):
                 self.report(f"{path.name}: CRLF line ends")
                 continue
-            patch = parse(raw.decode(errors="replace"))
+            patch = known[path.name[:4]] = parse(raw.decode(errors="replace"))
             for line in (*header(patch), *text(patch)):
                 self.report(f"{path.name}: {line}")
             if patch.lines > BIG:
@@ -337,6 +362,11 @@ class Lint:
                 )
             for name in patch.files:
                 changed.setdefault(name, []).append(path.name)
+        if release == pins.load():
+            for name in ("README.md", "docs/maintaining.md"):
+                page = ROOT / name
+                for line in standing(page.read_text() if page.exists() else "", known):
+                    self.report(f"{name}: {line}")
         if not files:
             say(f"lint: no patches for {release.tag}")
             return
@@ -386,8 +416,11 @@ def checkout(clone: Clone, tip: str, tree: Path) -> Clone:
         own("checkout", "-q", "-f", "--detach", tip)
     except GitError:
         console.remove(tree)
-        clone("clone", "-q", "--shared", "--no-checkout", str(clone.path), str(tree))
+        # `git clone` takes no commit that no ref leads to from a shallow clone.
+        clone("init", "-q", "--template=", "--object-format=sha1", str(tree))
         own = Clone(tree)
+        (own.dir / "objects/info").mkdir(exist_ok=True)
+        (own.dir / "objects/info/alternates").write_text(f"{clone.objects()}\n")
         own("checkout", "-q", "-f", "--detach", tip)
     own("clean", "-q", "-f", "-d")
     return own

@@ -42,7 +42,6 @@ MERGE = {
 }
 # In the project's own checkout a conflict that was mended once is not asked again.
 REMEMBER = {"rerere.enabled": "true", "rerere.autoUpdate": "true"}
-SERIES = "refs/gemma4/rebase"
 GO_ON = "make rebase CONTINUE=1"
 
 
@@ -226,6 +225,11 @@ def _file(clone: Clone) -> Path:
     return clone.dir / "gemma4-rebase.json"
 
 
+def _series(clone: Clone) -> str:
+    """Return the ref that keeps the commits of a rebase; worktrees share refs."""
+    return f"refs/gemma4/rebase-{clone.key}"
+
+
 def load(clone: Clone) -> State | None:
     """Return the rebase that is under way in a checkout, if one is."""
     path = _file(clone)
@@ -295,7 +299,7 @@ def _begin(clone: Clone, release: Release) -> State:
     )
     if Path(state.tree).exists():
         raise Failure(f"{show(BUILD / name)} is in the way", "move it away")
-    clone("update-ref", SERIES, commits[-1])
+    clone("update-ref", _series(clone), commits[-1])
     _save(clone, state)
     return state
 
@@ -350,10 +354,9 @@ def _open(clone: Clone, state: State) -> Tree | None:
     # Without its .git it would be taken for a part of the project around it.
     if not (path / ".git").is_file():
         return None
-    common = ("rev-parse", "--path-format=absolute", "--git-common-dir")
     try:
         tree = Tree(path, own=not console.option("VLLM"))
-        if tree(*common) == clone(*common) and tree.resolve("HEAD"):
+        if tree.common == clone.common and tree.resolve("HEAD"):
             return tree
     except GitError:
         pass
@@ -634,8 +637,7 @@ def _end(clone: Clone, state: State) -> None:
         with contextlib.suppress(GitError):
             clone("worktree", "remove", "-f", "-f", state.tree)
         console.remove(Path(state.tree))
-    if clone.resolve(SERIES):
-        clone("update-ref", "-d", SERIES)
+    clone("update-ref", "-d", _series(clone))
     _file(clone).unlink(missing_ok=True)
 
 
@@ -649,6 +651,9 @@ def abort(clone: Clone, state: State) -> None:
         state: the rebase.
     """
     kept = f"refs/gemma4/aborted/{state.name}"
+    if clone.dir != clone.common:
+        # One of several worktrees.
+        kept += f"-{clone.key}"
     tip = state.tip
     if tree := _open(clone, state):
         (tree.dir / "index.lock").unlink(missing_ok=True)
@@ -671,15 +676,17 @@ def abort(clone: Clone, state: State) -> None:
     say(f"gave up the rebase to {state.name}: all is as it was{more}")
 
 
-def rebase() -> None:
+def rebase(clone: Clone) -> None:
     """Begin, go on with or give up a rebase, as the variables say.
+
+    Args:
+        clone: the checkout, which no other rebase is at work in.
 
     Raises:
         Failure: a person is needed; nothing is lost.
     """
     go_on, give_up = console.enabled("CONTINUE"), console.enabled("ABORT")
     release = pins.load(console.option("RELEASE"))
-    clone = checkout()
     state = load(clone)
     if (go_on or give_up) and not state:
         raise Failure("no rebase is under way", "begin one with `make rebase TO=`")
@@ -709,19 +716,13 @@ def rebase() -> None:
     _finish(clone, state)
 
 
-def failed(error: GitError) -> Failure:
-    """Return a failure for a git command that should not have failed."""
-    line = re.sub(r"^(fatal|error): ", "", str(error).split("\n")[0])
-    return Failure(f"git could not go on ({line})", "mend that and run this again")
-
-
 def main() -> None:
     """Rebase the series."""
-    try:
-        with console.lock():
-            rebase()
-    except GitError as error:
-        raise failed(error) from None
+    with console.lock():
+        clone = checkout()
+        # Another project, or another worktree of the clone, has another build/.
+        with console.lock(clone.common / "gemma4"):
+            rebase(clone)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,17 @@ def content(raw: bytes) -> Content:
     return Content(fields["tree"], fields["author"], message.strip("\n"))
 
 
+def crlf(mail: bytes) -> bool:
+    """Return whether a patch has line ends that git would not have written.
+
+    Args:
+        mail: the file. Lines that it adds to files may have them.
+    """
+    message, _, diff = mail.partition(b"\ndiff --git ")
+    heads = rb"(?m)^(diff --git |index |@@ -)[^\n]*\r$"
+    return b"\r\n" in message or bool(re.search(heads, b"diff --git " + diff))
+
+
 def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str]:
     """Make the commits of a series: the same on every machine for one base.
 
@@ -129,7 +140,7 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
     commits: list[str] = []
     for at, path in enumerate(files):
         mail = path.read_bytes()
-        if b"\r\n" in mail.split(b"\n\n", 1)[0]:
+        if crlf(mail):
             raise Failure(
                 f"{show(path)} has CRLF line ends",
                 "get it again with core.autocrlf off",
@@ -145,7 +156,7 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
             ).decode()
         except GitError as error:
             raise Failure(
-                f"{show(path)} is no patch ({_line(error)})", "see `make export`"
+                f"{show(path)} is no patch ({_line(str(error))})", "see `make export`"
             ) from None
         fields = dict(re.findall(r"(?m)^(\w+): (.*)$", info))
         if missing := {"Author", "Email", "Subject", "Date"} - fields.keys():
@@ -164,13 +175,8 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
                     f"{show(path)} is corrupt (line {corrupt[1]} of its diff)",
                     "get it again with `git checkout`, or write it with `make export`",
                 ) from None
-            if re.search(
-                "insufficient permission|unable to (create|write)", str(error)
-            ):
-                raise Failure(
-                    f"{show(clone.path)} cannot be written ({_line(error)})",
-                    "check its owner and the space left",
-                ) from None
+            if error.denied:
+                raise
             why = _hunk(str(error), diff.read_bytes().decode(errors="replace"))
             raise Conflict(path, why, commits, files[at:]) from None
         text = fields["Subject"].encode() + b"\n\n" + message.read_bytes()
@@ -246,15 +252,15 @@ def _fetch_lazy(clone: Clone, base: str, files: list[Path]) -> None:
     clone("cat-file", "--batch-check", data=asked)
 
 
-def _line(error: GitError) -> str:
-    return str(error).split("\n")[0].removeprefix("error: ").removeprefix("fatal: ")
+def _line(said: str) -> str:
+    return said.split("\n")[0].removeprefix("error: ").removeprefix("fatal: ")
 
 
 def _hunk(said: str, diff: str) -> str:
     """Say which file and hunk `git apply` stumbled over."""
     failed = re.findall(r"(?m)^error: patch failed: (.*):(\d+)$", said)
     if not failed:
-        return _line(GitError(said))
+        return _line(said)
     name, line = failed[0]
     of_file = re.split(r"(?m)^diff --git ", diff)
     hunks = next(

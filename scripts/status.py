@@ -127,11 +127,8 @@ def status() -> None:
 
 def main() -> None:
     """Show the status."""
-    try:
-        with console.lock():
-            status()
-    except GitError as error:
-        raise rebase.failed(error) from None
+    with console.lock():
+        status()
 
 
 if __name__ == "__main__":

@@ -61,23 +61,28 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
-def outcomes(report: Path) -> Iterator[tuple[str, str]]:
+def outcomes(report: Path) -> Iterator[tuple[str, str, str]]:
     """Read a junit report.
 
     Args:
         report: the file that pytest wrote.
 
     Yields:
-        A test's name, and "passed", "failed" or "skipped".
+        A test's name, "passed", "failed" or "skipped", and why it was skipped.
     """
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         if case.find("failure") is not None or case.find("error") is not None:
-            yield name, "failed"
-        elif case.find("skipped") is not None:
-            yield name, "skipped"
+            yield name, "failed", ""
+        elif (skipped := case.find("skipped")) is not None:
+            why = skipped.get("message", "")
+            # Of a file that is skipped whole, only the text says why.
+            found = re.search(r"Skipped: (.*)['\"]\)", skipped.text or "")
+            if why == "collection skipped" and found:
+                why = found[1]
+            yield name, "skipped", why
         else:
-            yield name, "passed"
+            yield name, "passed", ""
 
 
 def count(report: Path, tally: Tally) -> None:
@@ -87,7 +92,7 @@ def count(report: Path, tally: Tally) -> None:
         report: the file that pytest wrote.
         tally: what to add to.
     """
-    for name, outcome in outcomes(report):
+    for name, outcome, _ in outcomes(report):
         setattr(tally, outcome, getattr(tally, outcome) + 1)
         if outcome == "failed":
             tally.failures.append(name)
@@ -172,7 +177,7 @@ def pytest(
 # Variables of make's command line: a test that runs make must not inherit them.
 _OWN = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
-    *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
+    *("FULL", "JOBS", "MINUTES", "PARTIAL", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
     *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH", "LEVEL", "RESULTS"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),

@@ -359,6 +359,11 @@ def official(release: Release, kind: str, machine: str) -> File:
     """
     runtime = release.runtimes.get(kind)
     wheels = runtime.wheels if runtime else {}
+    if runtime and runtime.version != release.version:
+        raise Failure(
+            f"there is no {kind} wheel of {release.tag}, only {runtime.version}'s",
+            f"give another DEVICE=, or make one of v{runtime.version} with RELEASE=",
+        )
     if machine not in wheels:
         raise Failure(
             f"pins.toml has no {kind} wheel of {release.tag} for {machine}",

@@ -284,7 +284,7 @@ def release(toy: Toy, tag: str, tree: dict[str, str], commit: str = "0000000") -
 
 OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
-    *("FULL", "JOBS", "MINUTES", "PATCH", "SINCE"),
+    *("FULL", "JOBS", "MINUTES", "PARTIAL", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
     *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
@@ -334,7 +334,7 @@ def filled(_filled: Path, tmp_path: Path) -> Toy:
 @pytest.fixture
 def clone(filled: Toy, tmp_path: Path) -> Path:
     """A person's own clone of the toy upstream, at a later commit."""
-    path = tmp_path / "their clone"
+    path = tmp_path / "théir clone's"
     filled.repository(path, TREE, "release")
     filled.git("tag", TAG, at=path)
     pins = filled.root / "pins.toml"

@@ -170,7 +170,7 @@ def test_file_that_the_series_deletes_stays_deleted(toy: Toy, theirs: Path) -> N
 
 def test_two_checkouts(toy: Toy, theirs: Path, tmp_path: Path) -> None:
     toy.run("apply")
-    clone = tmp_path / "their clone"
+    clone = tmp_path / "théir clone's"
     toy.git("clone", "-q", str(toy.own), str(clone))
     pins = toy.root / "pins.toml"
     short = toy.git("rev-parse", "--short=9", TAG)

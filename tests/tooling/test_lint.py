@@ -298,6 +298,21 @@ def test_series_misnamed(upstream: Toy) -> None:
     assert "the name should be 0001-Model-Name-ten.patch" in said(upstream)
 
 
+def test_upstream_status_in_the_documents(upstream: Toy) -> None:
+    page = upstream.root / "README.md"
+    head = "| | what it does | upstream |\n|---|---|---|\n"
+    page.write_text(head + "| 0001 | names ten | not submitted |\n")
+    assert upstream.run("lint", STAGE="patches").stdout == ""
+    path = next(upstream.patches.glob("*.patch"))
+    sent = path.read_text().replace("Status: Pending", "Status: Submitted [#1]")
+    path.write_text(sent)
+    assert said(upstream) == (
+        "README.md: 0001 is `not submitted`, the patch says `Submitted [#1]`\n"
+    )
+    page.write_text(head + "| 0001 | names ten | Submitted [#1] |\n")
+    assert upstream.run("lint", STAGE="patches").stdout == ""
+
+
 def test_series_that_does_not_apply(upstream: Toy) -> None:
     path = next(upstream.patches.glob("*.patch"))
     path.write_text(path.read_text().replace("-a10 = 10", "-a10 = 11"))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bringing a series to another release, and each way in which that can go wrong."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -336,26 +338,58 @@ def test_added_upstream(filled: Toy) -> None:
 # Patches that are none.
 
 
-@pytest.mark.parametrize("verb", ["apply", "rebase", "status"])
-@pytest.mark.parametrize("fault", ["corrupt", "crlf", "cut", "misfit"])
-def test_bad_patch(filled: Toy, verb: str, fault: str) -> None:
+def given(toy: Toy, tmp_path: Path, verb: str) -> dict[str, Any]:
+    """What a verb needs to get as far as the patches."""
+    if verb == "wheel":
+        wheel = f'[releases."{TAG}".cpu.wheels.x86_64]\nfile = "x"\nsha256 = "x"\n'
+        with (toy.root / "pins.toml").open("a") as pins:
+            pins.write(f'[releases."{TAG}".cpu]\nproject = "x"\ntorch = "1"\n{wheel}')
+        return {"DEVICE": "cpu", "MACHINE": "x86_64"}
+    if verb == "install":
+        (tmp_path / "RECORD").touch()
+        python = tmp_path / "python"
+        found = json.dumps([["vllm", "1.0.0", str(tmp_path), str(tmp_path), False]])
+        python.write_text(f"#!/bin/sh\necho '{found}'\n")
+        python.chmod(0o755)
+        return {"PYTHON": str(python)}
+    if verb == "upstream":
+        toy.repository(tmp_path / "main", TREE, "upstream")
+        for name, value in (("name", "Ada"), ("email", "ada@example.invalid")):
+            toy.git("config", f"user.{name}", value, at=tmp_path / "main")
+        return {"VLLM": str(tmp_path / "main"), "PATCH": "3"}
+    return {"TO": NEW}
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["apply", "rebase", "status", "verify", "wheel", "install", "upstream"],
+)
+@pytest.mark.parametrize(
+    "fault", ["corrupt", "crlf", "crlf body", "crlf new", "cut", "misfit"]
+)
+def test_bad_patch(filled: Toy, tmp_path: Path, verb: str, fault: str) -> None:
     upstream(filled)
     filled.run("apply")
     tip = filled.head()
-    path = filled.patches / SECOND
+    name = THIRD if fault == "crlf new" else SECOND
+    path = filled.patches / name
     text = path.read_bytes()
+    head, mark, diff = text.partition(b"\ndiff --git ")
+    mangled = head + mark + diff.replace(b"\n", b"\r\n")
     path.write_bytes(
         {
             "corrupt": text.replace(b"-b50 = 50\n", b"?b50 = 50\n"),
             "crlf": text.replace(b"\n", b"\r\n"),
-            "cut": text[: text.index(b"+b50")],
+            "crlf body": mangled,
+            "crlf new": mangled,
+            "cut": text.partition(b"+b50")[0],
             "misfit": text.replace(b"-b50 = 50\n", b"-b50 = 51\n"),
         }[fault]
     )
-    line = filled.fails(verb, TO=NEW)
-    assert SECOND in line
-    says = {"crlf": "has CRLF", "misfit": "does not apply to vllm/b.py, hunk 1 of 1"}
-    assert says.get(fault, "is corrupt (line ") in line
+    line = filled.fails(verb, **given(filled, tmp_path, verb))
+    assert name in line
+    says = {"crl": "has CRLF", "mis": "does not apply to vllm/b.py, hunk 1 of 1"}
+    assert says.get(fault[:3], "is corrupt (line ") in line
     assert filled.head() == tip and filled.git("status", "--porcelain") == ""
     assert (
         not tree(filled).exists() and filled.git("branch", "--list", NEW_BRANCH) == ""
@@ -571,8 +605,17 @@ def confined() -> list[str]:
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
 
-@pytest.mark.parametrize("verb", ["apply", "rebase", "status"])
+@pytest.mark.parametrize(
+    "verb", ["apply", "rebase", "status", "export", "verify", "upstream"]
+)
 def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
+    if verb in ("export", "verify"):
+        # What a series makes is there: what fails comes after it.
+        filled.change("tests/test_a.py", "pass", "...", "A test")
+        filled.run("export")
+        filled.run("apply", VLLM=str(theirs))
+    for name, value in (("name", "Ada"), ("email", "ada@example.invalid")):
+        filled.git("config", f"user.{name}", value, at=theirs)
     folders = [path for path in theirs.rglob("*") if path.is_dir()]
     for path in (theirs, *folders):
         path.chmod(0o555)
@@ -580,7 +623,7 @@ def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
         done = subprocess.run(
             [*confined(), sys.executable, "-m", f"scripts.{verb}"],
             cwd=filled.root,
-            env=filled.environ(VLLM=str(theirs), TO=NEW),
+            env=filled.environ(VLLM=str(theirs), TO=NEW, PATCH="2"),
             capture_output=True,
             text=True,
         )
@@ -589,10 +632,27 @@ def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
             path.chmod(0o755)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "their clone" in last
+    assert last.startswith("error: ") and "théir clone's" in last
     assert "cannot be written" in last
     assert filled.git("status", "--porcelain", at=theirs) == ""
     assert not list((filled.root / "build").glob("rebase-*"))
+
+
+def test_git_that_fails(filled: Toy, tmp_path: Path) -> None:
+    """Where nobody expected it to."""
+    upstream(filled)
+    filled.run("status")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "git").write_text(
+        '#!/bin/sh\ncase "$1" in read-tree) echo "fatal: no" >&2; exit 1;; esac\n'
+        f'exec "{shutil.which("git")}" "$@"\n'
+    )
+    (folder / "git").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    said = "error: git failed in build/vllm (no): mend that and run this again"
+    for verb in ("apply", "lint", "status"):
+        assert filled.fails(verb, PATH=path, STAGE="patches", TO=NEW) == said
 
 
 @pytest.mark.parametrize("how", ["whole", "shallow", "own", "dirty"])
@@ -707,6 +767,63 @@ def test_two_at_once(filled: Toy) -> None:
         line = filled.fails("rebase", TO=NEW)
         assert "another make command is at work" in line
     filled.run("rebase", TO=NEW)
+
+
+@pytest.mark.parametrize("other", ["project", "worktree"])
+def test_two_at_once_on_one_clone(
+    filled: Toy, theirs: Path, tmp_path: Path, other: str
+) -> None:
+    """Two projects that know nothing of one another, or two worktrees."""
+    shutil.copytree(filled.root, tmp_path / "second", symlinks=True)
+    second, at = Toy(tmp_path / "second", filled.home), theirs
+    if other == "worktree":
+        at = tmp_path / "linked"
+        filled.git("worktree", "add", "-q", "--detach", str(at), TAG, at=theirs)
+    folder, go = tmp_path / "bin", tmp_path / "go"
+    folder.mkdir()
+    # The first one waits in its first pick.
+    (folder / "git").write_text(
+        f'#!/bin/bash\ncase "$*" in *cherry-pick*) touch "{folder}/hit"\n'
+        f'while [ ! -e "{go}" ]; do sleep 0.05; done;; esac\n'
+        f'exec "{shutil.which("git")}" "$@"\n'
+    )
+    (folder / "git").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.rebase"],
+        cwd=filled.root,
+        env=filled.environ(PATH=path, TO=NEW, VLLM=str(theirs)),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as first:
+        try:
+            for _ in range(600):
+                if (folder / "hit").exists():
+                    break
+                time.sleep(0.05)
+            line = second.fails("rebase", TO=NEW, VLLM=str(at))
+        finally:
+            go.touch()
+        _, said = first.communicate()
+    assert "another make command is at work in" in line and ".git/gemma4/" in line
+    assert f"{FIRST} conflicts with {NEW} in vllm/a.py" in said
+    if other == "project":
+        line = second.fails("rebase", TO=NEW, VLLM=str(at))
+        assert f"a rebase to {NEW} is under way, stopped at {FIRST}" in line
+        return
+    # Each worktree has a rebase of its own, and what one keeps is not the other's.
+    second.fails("rebase", TO=NEW, VLLM=str(at))
+    refs = "refs/gemma4/rebase-*"
+    assert len(filled.git("for-each-ref", refs, at=theirs).splitlines()) == 2
+    second.run("rebase", ABORT="1", VLLM=str(at))
+    assert len(filled.git("for-each-ref", refs, at=theirs).splitlines()) == 1
+    (made,) = (filled.root / "build").glob(f"rebase-{NEW}-*")
+    made.rename(tree(filled))
+    mend(filled)
+    tree(filled).rename(made)
+    filled.run("rebase", CONTINUE="1", VLLM=str(theirs))
+    assert "a10 = 'both'\n" in (theirs / "vllm/a.py").read_text()
+    assert filled.git("for-each-ref", refs, at=theirs) == ""
 
 
 def test_two_one_after_the_other(filled: Toy) -> None:

@@ -54,7 +54,7 @@ def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # As this project's patches are: by no one by name.
         text = re.sub("(?m)^From: .*", f"From: {NAME} <{EMAIL}>", path.read_text())
         path.write_text(text)
-    main = base / "their main"
+    main = base / "théir main's"
     files = TREE | {".github/PULL_REQUEST_TEMPLATE.md": TEMPLATE}
     toy.repository(main, files, "upstream")
     toy.change("vllm/a.py", "a0 = 0\n", "a0 = 1\n", "later", at=main)
@@ -71,7 +71,7 @@ def project(_base: Path, tmp_path: Path) -> Toy:
 @pytest.fixture
 def main(project: Toy) -> Path:
     """A person's clone of upstream's main, in the middle of their own work."""
-    path = project.root.parent / "their main"
+    path = project.root.parent / "théir main's"
     project.git("switch", "-q", "-c", "mine", at=path)
     (path / "vllm/b.py").write_text("unfinished\n")
     (path / "data.txt").write_text("staged\n")

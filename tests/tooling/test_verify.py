@@ -265,6 +265,53 @@ def test_tests_that_pass_without_the_patch(project: Project) -> None:
     assert project.table()["0005"]["without it"] == "skipped here"
 
 
+NEEDS_GPU = """
+
+@pytest.mark.parametrize("x", ["a::b", "c"])
+class Test:
+    @pytest.mark.skipif(True, reason="needs a GPU")
+    def test_on_gpu(self, x):
+        assert {claim}
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["new", "changed", "whole", "one runs", "helper", "decorator"]
+)
+def test_tests_that_are_skipped_here(project: Project, how: str) -> None:
+    """Those of the patch; that others of its file pass is no proof of it."""
+    plain = project.text("tests/test_a.py").replace(
+        "import os\n", "import os\n\nimport pytest\n"
+    )
+    skipping = plain + NEEDS_GPU.format(claim="a11")
+    text = project.text("vllm/a.py")
+    later = {
+        "new": skipping,
+        "changed": skipping.replace("assert a11\n", "assert a11 == 99\n"),
+        "whole": plain + '\n\npytest.skip("no Triton", allow_module_level=True)\n'
+        "\n\ndef test_more():\n    pass\n",
+        "one runs": skipping + "\n\ndef test_here():\n    assert a11\n",
+        "helper": skipping + "\n\ndef helper():\n    pass\n",
+        "decorator": skipping.replace('reason="needs', 'reason="wants'),
+    }[how]
+    if how in ("changed", "helper", "decorator"):
+        project.commit("Before", tests__test_a=skipping, vllm__a=text + "a60 = 60\n")
+    project.commit("After", tests__test_a=later, vllm__a=text + "a61 = 61\n")
+    project.toy.run("export")
+    last = "0006" if how in ("changed", "helper", "decorator") else "0005"
+    excused = how not in ("one runs", "helper")
+    said = project.verify(good=excused, PATCH=last)
+    wanted = "skipped here" if excused else "PASSES"
+    assert project.table()[last]["without it"] == wanted
+    assert (", 1 skipped here" in said) == excused
+    if excused:
+        reasons = {"whole": "no Triton", "decorator": "wants a GPU"}
+        reason = reasons.get(how, "needs a GPU")
+        assert f"SKIPPED {last}: its tests are skipped here: {reason}\n" in said
+        # None was run without it.
+        assert project.counted()["a"] == 1
+
+
 def test_refactor(project: Project) -> None:
     more = project.text("tests/test_b.py").replace("b50 == 51", "b50 > 50")
     project.commit("Move", vllm__b=project.text("vllm/b.py") + "\n", tests__test_b=more)
@@ -368,10 +415,33 @@ def test_time_that_is_over(project: Project) -> None:
     script.write_text(script.read_text().replace("60 * minutes", "2 * minutes"))
     said = project.verify(good=False, MINUTES="1")
     assert "checks not reached: run it again to go on" in said
+    assert re.search("(?m)^NOT REACHED 0004: .*tests/test_a.py", said)
     assert "not reached" in str(project.table())
     done = project.counted()
     project.verify()
     assert Counter(done) + Counter(project.counted()) == {"a": 2, "b": 3, "new": 1}
+
+
+def test_part_in_the_time_there_is(project: Project) -> None:
+    """What is not reached is no failure, what fails is."""
+    script = project.toy.root / "scripts" / "verify.py"
+    text = script.read_text()
+    script.write_text(text.replace("60 * minutes", "0 * minutes"))
+    said = project.verify(MINUTES="1", PARTIAL="1")
+    assert (
+        "NOT REACHED 0002: lint, import, tests/test_b.py, without, tests/test_a.py"
+        in (said)
+    )
+    script.write_text(text)
+    project.edit(1, "a11 == 99", "a11 == 98")
+    project.verify(good=False, PATCH="1", PARTIAL="1")
+
+
+def test_own_tests_come_first(project: Project) -> None:
+    project.verify(FULL="1", JOBS="1")
+    ran = project.ran.read_text().split()
+    # With and without each patch, and then after those that follow it.
+    assert ran == ["a", "a", "b", "b", "new", "a", "a", "b", "a", "b", "new"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -422,11 +492,11 @@ def test_interrupt(project: Project, sent: signal.Signals, tmp_path: Path) -> No
                 os.kill(first, 0)
             held.unlink()
         done = project.counted()
-        assert done["a"] == 2 and done["b"] == 3
+        assert done["a"] == 2 and done["b"] == 2
         project.verify(JOBS="1")
         again = project.counted()
-        # 0005 changes what a and new load.
-        assert again == {"a": 1, "new": 1, "slow": 2}
+        # 0004 changes what b loads, 0005 what a and new load.
+        assert again == {"a": 1, "b": 1, "new": 1, "slow": 2}
     finally:
         held.unlink(missing_ok=True)
 
@@ -458,6 +528,10 @@ def test_since(project: Project) -> None:
     assert list(project.table()) == ["0003"]
     pins = toy.root / "pins.toml"
     text = pins.read_text()
+    # As `make wheel BUMP=1` writes it.
+    pins.write_text(f'{text}[releases."{TAG}".wheel]\nnumber = 2\nseries = "x"\n')
+    project.verify(SINCE="main")
+    assert list(project.table()) == ["0003", "0004"]
     pins.write_text(text.replace('TOY_SETTING = "1"', 'TOY_SETTING = "2"'))
     said = project.verify(SINCE="main", PATCH="1")
     pins.write_text(text)
@@ -479,6 +553,22 @@ def test_since_of_a_reordered_series(project: Project) -> None:
     project.verify(SINCE="main")
     # After the three the tree is what it was, so 0004 is as it was.
     assert list(project.table()) == ["0002", "0003"]
+
+
+def test_shallow_clone(project: Project, tmp_path: Path) -> None:
+    toy, pins = project.toy, project.toy.root / "pins.toml"
+    shallow = tmp_path / "théir clone's"
+    source = f"file://{toy.own}"
+    toy.git("clone", "-q", "--depth=1", "-b", TAG, source, str(shallow))
+    text = pins.read_text()
+    pins.write_text(text.replace("0000000", toy.git("rev-parse", "--short=9", TAG)))
+    try:
+        project.verify(VLLM=str(shallow), PATCH="1-2")
+    finally:
+        pins.write_text(text)
+    rows = project.table().values()
+    assert [row["without it"] for row in rows] == ["fails", "fails"]
+    assert (shallow / ".git" / "shallow").exists()
 
 
 def test_patch_that_does_not_apply(project: Project) -> None:
@@ -523,7 +613,7 @@ def test_hook_refuses_without_a_tree(project: Project) -> None:
     assert "names no tree for make verify" in done.stderr
 
 
-def test_caches_of_changed_files_are_forgotten(project: Project) -> None:
+def test_caches_of_changed_files_are_not_taken(project: Project) -> None:
     """Python takes a file of the same size and second for the same."""
     toy = project.toy
     first, second, third = toy.git("rev-list", "--reverse", f"{TAG}..{BRANCH}").split()[
@@ -533,17 +623,25 @@ def test_caches_of_changed_files_are_forgotten(project: Project) -> None:
     folder = toy.root / "build" / f"verify-{TAG}"
     clone = Clone(toy.own)
     slot = verify.Slot(clone, clone.resolve(TAG), folder / "tree-0", wheel)
-    cache = slot.put(third) / "vllm" / "__pycache__"
+    code = "import vllm.a, vllm.b; print(vllm.a.a11, vllm.b.b50)"
+
+    def ask(commit: str) -> str:
+        tree = slot.put(commit)
+        command = [sys.executable, "-c", code]
+        env = {"PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            command, cwd=tree, env=env, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    base = clone.resolve(TAG)
+    said = [ask(commit) for commit in (second, base, second, first, base)]
+    assert said == ["99 51", "11 50", "99 51", "99 50", "11 50"]
     assert (slot.path / "vllm" / "_C.abi3.so").read_text() == "compiled"
-    cache.mkdir()
-    for name in ("a", "b", "new"):
-        (cache / f"{name}.cpython-311.pyc").touch()
-    slot.put(second)
-    assert sorted(path.name[0] for path in cache.iterdir()) == ["a", "b"]
-    slot.put(first)
-    assert [path.name[0] for path in cache.iterdir()] == ["a"]
-    # What a killed run left is known to nobody.
-    (folder / "tree-0.at").unlink()
-    slot.put(first)
-    assert not cache.exists()
+    # A folder that is a cache alone would be a package.
+    deep = slot.path / "vllm" / "deep" / "er"
+    for folder in (deep, deep.parent):
+        (folder / "__pycache__").mkdir(parents=True)
+    slot.put(third)
+    assert not deep.parent.exists() and (slot.path / "vllm" / "__pycache__").exists()
     os.close(slot.lock)

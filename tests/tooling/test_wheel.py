@@ -169,6 +169,16 @@ def test_no_official_wheel(project: Toy) -> None:
     assert "pins.toml has no cpu wheel of v1.0.0 for s390x" in line
 
 
+def test_wheel_of_another_release(project: Toy) -> None:
+    """A release can run on an older one's compiled files, but not be its wheel."""
+    pins = project.root / "pins.toml"
+    text = pins.read_text().replace('torch = "1"\n', 'torch = "1"\nversion = "0.9.0"\n')
+    pins.write_text(text)
+    line = project.fails("wheel", DEVICE="cpu", MACHINE="x86_64", BUMP="1")
+    assert "there is no cpu wheel of v1.0.0, only 0.9.0's: give another" in line
+    assert pins.read_text() == text
+
+
 def test_no_patches(project: Toy) -> None:
     for path in project.patches.glob("*.patch"):
         path.unlink()
