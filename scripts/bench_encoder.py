@@ -51,7 +51,7 @@ KERNEL_CALLS = {
     "FLASHINFER": ("flashinfer.prefill", "cudnn_batch_prefill_with_kv_cache"),
 }
 KERNELS = {  # of a GPU, by their names
-    "attention": re.compile("flash|fmha|attention|_attn", re.IGNORECASE),
+    "attention": re.compile("flash|fmha|attention|_attn|^_fwd_kernel", re.IGNORECASE),
     "GEMM": re.compile("gemm|nvjet|xmma|cutlass|cublas", re.IGNORECASE),
     "element-wise": re.compile(
         "triton|elementwise|norm|reduce|gelu|rotary|cat|clamp|copy"
@@ -263,7 +263,6 @@ class Encoder:
                 "pixels": [pixels[row].cpu().clone() for row in rows],
                 "positions": [positions[row].cpu().clone() for row in rows],
                 "counts": [counts[item] for item in items],
-                "video": video,
             }
             torch.save(saved, inputs)
         attention = " ".join(str(part) for part in self.attention or () if part)

@@ -139,7 +139,8 @@ def agreement(found: list[list[int]], expected: list[list[int]]) -> dict[str, in
 
 
 def _text(tokens: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(300, 350, tokens).tolist()
+    ids: list[int] = np.random.default_rng(seed).integers(300, 350, tokens).tolist()
+    return ids
 
 
 def _request(tokens: int, images: int, image_id: int, seed: int) -> dict[str, Any]:
@@ -158,6 +159,11 @@ def _request(tokens: int, images: int, image_id: int, seed: int) -> dict[str, An
         "prompt_token_ids": ids,
         "multi_modal_data": {"image": [known[s] for s in seeds]},
     }
+
+
+def client(checkpoint: str) -> str:
+    """Where the tokenizer is of those who make texts for a checkpoint."""
+    return f"{checkpoint}-client"
 
 
 def attention_layers(model: Any) -> list[str]:
@@ -360,6 +366,7 @@ class Engine:
                 stack.enter_context(patch(self.llm, name, call))
             out = f"{folder}/out.json"
             given = [*options, "--model", self.config.model, "--disable-detokenize"]
+            given += ["--tokenizer", client(self.config.model)]
             given += ["--max-model-len", str(self.config.max_model_len)]
             np.random.seed(seed)
             args = parser.parse_args(
@@ -370,11 +377,14 @@ class Engine:
         if bench == "latency":
             result = {"seconds": float(np.median(found["latencies"]))}
         else:
+            wanted = args.random_input_len + args.random_output_len
             if "random-mm" in options:
-                items = args.num_prompts * args.random_mm_base_items_per_request
                 # An image or video of these sizes has more than 200.
-                if found["total_num_tokens"] < 200 * items:
-                    raise RuntimeError(f"there were no {items} items in the prompts")
+                wanted += 200 * args.random_mm_base_items_per_request
+            elif found["total_num_tokens"] > 1.01 * args.num_prompts * (wanted + 1):
+                raise RuntimeError(f"there were more than {wanted} tokens in prompts")
+            if found["total_num_tokens"] < args.num_prompts * wanted:
+                raise RuntimeError(f"there were no {wanted} tokens in prompts")
             names = ("elapsed_time", "tokens_per_second", "total_num_tokens")
             seconds, rate, tokens = (found[name] for name in names)
             result = {"seconds": seconds, "tokens_per_second": rate, "tokens": tokens}
@@ -445,7 +455,7 @@ def bench_step(
                 "images and tower": [run["model"] + run["tower"] for run in of_mixed],
             }
             for variant, samples in parts.items():
-                record = {"case": case, "tree": name, "variant": variant}
+                record: Record = {"case": case, "tree": name, "variant": variant}
                 record |= spread(samples)
                 same = same_text if variant == "text" else same_mixed
                 if same is not None and variant != "tower":
@@ -505,7 +515,12 @@ def serve(
     unit = "tokens_per_second" if bench == "throughput" else "seconds"
     answered = {name: found[0].pop("answered") for name, found in runs.items()}
     for name, found in runs.items():
-        record = {"workload": workload, "bench": bench, "tree": name, "unit": unit}
+        record: Record = {
+            "workload": workload,
+            "bench": bench,
+            "tree": name,
+            "unit": unit,
+        }
         samples = {key: [run[key] for run in found[1:]] for key in found[0]}
         record |= spread(samples[unit]) | {"samples": samples}
         if REFERENCE in engines:
@@ -518,7 +533,7 @@ BENCHES = {"step": bench_step, "scaling": bench_scaling, "serving": bench_servin
 
 def kv_gib(kind: str, layers: int) -> int:
     """GiB of KV cache: half again what a step's tokens take, and at least 4."""
-    heads = real_gemma4.TEXTS[kind]["num_key_value_heads"]
+    heads: int = real_gemma4.TEXTS[kind]["num_key_value_heads"]
     step = 2 * 2 * heads * 256 * layers * (STEP_TOKENS + real_gemma4.WINDOW)
     return max(4, math.ceil(1.5 * step / 2**30))
 
@@ -565,6 +580,7 @@ def write_model(kind: str, layers: int, cuda: bool) -> Path:
     folder = ROOT / "build" / "cache" / f"engine-{kind}-{layers}-{where}"
     with demo.quiet():
         real_gemma4.write(folder, kind, text, tower)
+        real_gemma4.write_tokenizer(Path(client(str(folder))))
     return folder
 
 

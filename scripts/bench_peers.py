@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's vision tower beside vLLM's: as a peer in time, and as the truth.
 
-A peer takes what an engine's encoder got in one call of ``get_image_features`` or
-``get_video_features``. ``hf-sdpa`` runs PyTorch's attention, as Transformers does if it
-is told nothing. ``hf-flash`` runs FlashAttention: the flash-attn package has no wheel
-for this PyTorch, so Transformers' own unpadding is put around the forward kernel that
-vLLM ships, in the version that vLLM takes for this head size and GPU. ``reference``
-is float32 without TF32, one image or frame at a time.
+A peer takes what an engine's encoder got in one call of ``get_image_features``, the
+frames of a video as images, which every Transformers takes. ``hf-sdpa`` runs PyTorch's
+attention, as Transformers does if it is told nothing. ``hf-flash`` runs FlashAttention:
+the flash-attn package has no wheel for this PyTorch, so Transformers' own unpadding is
+put around the forward kernel that vLLM ships, in the version that vLLM takes for this
+head size and GPU. ``reference`` is float32 without TF32, one image or frame at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,14 @@ def register_attention(varlen: Callable[..., Any] | None = None) -> None:
         AttentionMaskInterface.register(_FLASH, flash_attention_mask)
 
 
+def _joined(features: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """Features of images as those of items, which have ``counts`` of them."""
+    import torch
+
+    images = iter(features)
+    return [torch.cat([next(images) for _ in range(count)]) for count in counts]
+
+
 class Peer:
     """Hugging Face's model of a checkpoint, in this process.
 
@@ -250,10 +258,9 @@ class Peer:
         import torch
 
         given = torch.load(inputs)
-        images = given["pixels"], given["positions"], given["counts"]
         encode = self._one_by_one if self.form == REFERENCE else self._at_once
         try:
-            self.encode = encode(*images, given["video"])
+            self.encode = encode(given["pixels"], given["positions"], given["counts"])
             with torch.inference_mode():
                 return {"lengths": save(self.encode(), out)}
         except torch.OutOfMemoryError as error:
@@ -275,31 +282,24 @@ class Peer:
         )
 
     def _at_once(
-        self, pixels: list[Any], positions: list[Any], counts: list[int], video: bool
+        self, pixels: list[Any], positions: list[Any], counts: list[int]
     ) -> Callable[[], list[Any]]:
-        import torch
-
         images = self._to_device(pixels, positions)
-        features = functools.partial(self.model.get_image_features, *images)
-        if video:
-            frames = torch.tensor(counts, device=self.model.device)
-            features = functools.partial(
-                self.model.get_video_features, *images, num_frames_per_video=frames
-            )
-        return lambda: list(features().pooler_output)
+
+        def encode() -> list[Any]:
+            return _joined(self.model.get_image_features(*images).pooler_output, counts)
+
+        return encode
 
     def _one_by_one(
-        self, pixels: list[Any], positions: list[Any], counts: list[int], video: bool
+        self, pixels: list[Any], positions: list[Any], counts: list[int]
     ) -> Callable[[], list[Any]]:
-        import torch
-
         def encode() -> list[Any]:
             rows = [
                 self.model.get_image_features(*self._to_device([p], [at]))
                 for p, at in zip(pixels, positions, strict=True)
             ]
-            images = iter([row.pooler_output[0] for row in rows])
-            return [torch.cat([next(images) for _ in range(n)]) for n in counts]
+            return _joined([row.pooler_output[0] for row in rows], counts)
 
         return encode
 

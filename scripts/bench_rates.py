@@ -106,23 +106,6 @@ WORKLOADS = {
 }
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """Write the client's tokenizer to a new folder; return that.
-
-    It has one token a character. Random tokens of the model's own tokenizer, bytes and
-    unused ones, make a text that has up to three times as many when it is read.
-    """
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    # In this order, as a text has them, the model's tokenizer merges none.
-    ids = {chr(code): i for i, code in enumerate(range(33, 127))}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
-
-
 class ClientIsLateError(RuntimeError):
     """The client could not send requests as fast as it should."""
 
@@ -638,7 +621,7 @@ def main(argv: list[str] | None = None) -> int:
             tempfile.TemporaryDirectory() as folder,
             servers(forms, options) as asked,
         ):
-            tokenizer = write_tokenizer(Path(folder))
+            tokenizer = real_gemma4.write_tokenizer(Path(folder))
             for server in asked:
                 # What is compiled when it is first needed.
                 run(server, 4 * least if cuda else least, math.inf, 0)

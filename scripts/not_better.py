@@ -35,7 +35,7 @@ TOWER_PAIRS = (
     *((form, "compiled") for form in ("captured", "fp8", "tp2", "data2")),
     *(("compiled", backend) for backend in BACKENDS),
 )
-ENGINE_PAIRS = (("patched", "release"), ("patched", "triton"), ("patched", "fa4"))
+ENGINE_PAIRS = (("patched", "release"), ("patched", "triton"), ("patched", "fa3"))
 LAYER_PAIRS = (
     ("FA4 chosen", "FA4 mask_mod"),
     *((f"FA{version} chosen", "Triton ranges") for version in (2, 3, 4)),

@@ -120,7 +120,8 @@ def gigabytes(kind: str, layers: int, vocabulary: int = 262144) -> float:
     attention = 256 * 2 * (heads + sizes["num_key_value_heads"])
     one = hidden * (mlp + attention + 2 * per_layer) + vocabulary * per_layer
     tower = 0.6e9 if "head_dim" in TOWERS[kind] else 0.1e9
-    return 2 * (layers * one + hidden * vocabulary + tower) / 1e9
+    count: float = layers * one + hidden * vocabulary + tower
+    return 2 * count / 1e9
 
 
 def write(
@@ -151,6 +152,23 @@ def write(
     config = tiny_gemma4.config(layout, ids, 280, "bfloat16", sections)
     config.save_pretrained(path)
     return str(path)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer for random texts to a new folder; return that.
+
+    It has one token a character. Random tokens of the model's own tokenizer, bytes and
+    unused ones, make a text that has up to three times as many when it is read.
+    """
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    # In this order, as a text has them, the model's tokenizer merges none.
+    ids = {chr(code): i for i, code in enumerate(range(33, 127))}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
 
 
 def fill(model: Any) -> None:

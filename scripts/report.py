@@ -392,7 +392,7 @@ def step(device: Device) -> list[str]:
             A prefill with dummy weights in so many layers of the real widths: medians
             with quartiles. The language model is timed on text alone and with images,
             the tower apart from it. *Release, Triton* is the release on that backend,
-            *patched, all FA4* the patched tree with that FlashAttention in every layer.
+            *patched, FA3 and FA4* the patched tree with FA3 for the heads that it has.
         """),
         *figures(device, "step"),
         *lines,

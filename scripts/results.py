@@ -36,7 +36,7 @@ ENGINE_FORMS = {
     "release": "release",
     "triton": "release, Triton",
     "patched": "patched",
-    "fa4": "patched, all FA4",
+    "fa3": "patched, FA3 and FA4",
 }
 LAYER_FORMS = {
     "FA4 mask_mod": "FA4 with `mask_mod` (release)",

@@ -57,9 +57,11 @@ class Process:
     ) -> None:
         self.log = log
         path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
+        given = [*arguments, "--tree", str(ROOT)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--serve", *arguments],
-            cwd=ROOT,
+            # vLLM looks at its models in a process that finds it here.
+            cwd=given[given.index("--tree") + 1],
             env={
                 **os.environ,
                 "PYTHONPATH": path,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from scripts import bench_rates, unpatched
+from scripts import bench_rates, real_gemma4, unpatched
 from scripts.bench_rates import ClientIsLateError, Load, Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_text_has_the_tokens_that_were_asked_for(
     from vllm.benchmarks.datasets import get_samples
     from vllm.tokenizers import get_tokenizer
 
-    client = get_tokenizer(str(bench_rates.write_tokenizer(tmp_path / "client")))
+    client = get_tokenizer(str(real_gemma4.write_tokenizer(tmp_path / "client")))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("26b"))
     load = bench_rates.WORKLOADS["chat, 1 to 4 images"]
     samples = get_samples(client_arguments(load), client)
