@@ -182,7 +182,7 @@ def _mixed(
     return [
         *prose(f"""
             It says that FA4 in all layers beats FA3 and FA4 mixed by about
-            {ALL_OVER_MIXED}%.{said} That over FA3 for the heads that it has, and FA4 for
+            {ALL_OVER_MIXED}%.{said} That over FA3 for the heads that it has and FA4 for
             the others, per cent:
         """),
         *table(["workload", "of", *(MODELS[kind] for kind in kinds)], rows),
