@@ -11,7 +11,6 @@ as peers that are timed, and in float32 as what all features are compared with
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,7 @@ class Group:
 
         names, engines = list(self.processes), self.engines
         peers = [name for name in names if name not in engines]
-        with ThreadPoolExecutor(at_once()) as pool:
+        with ThreadPoolExecutor(worker.at_once()) as pool:
             answers = dict(zip(engines, pool.map(encode, engines), strict=True))
             answers |= zip(peers, pool.map(follow, peers), strict=True)
         return {name: answers[name] for name in names} | self.ended
@@ -135,44 +134,6 @@ class Group:
                 time.sleep(0.02)
                 runs[name].append(self.ask(name, "run"))
         return runs
-
-
-def at_once() -> int:
-    """How many processes may load or prepare at a time: two cores each."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
-
-
-@contextlib.contextmanager
-def started(
-    arguments: dict[str, list[str]], failures: dict[str, str]
-) -> Iterator[Group]:
-    """Start processes by form, as many at once as there are cores for.
-
-    Args:
-        arguments: Of each process.
-        failures: Gets the reason of each that did not start.
-
-    Raises:
-        RuntimeError: One of ``REQUIRED`` did not.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def start(name: str) -> dict[str, Process]:
-            own: dict[str, str] = {}
-            given = {name: arguments[name]}
-            engines = worker.engines("scripts.bench_tower", given, own)
-            found: dict[str, Process] = stack.enter_context(engines)
-            failures.update((name, reason(text)) for name, text in own.items())
-            return found
-
-        processes: dict[str, Process] = {}
-        with ThreadPoolExecutor(at_once()) as pool:
-            for found in pool.map(start, arguments):
-                processes |= found
-        for name in REQUIRED:
-            if name in failures:
-                raise RuntimeError(f"{name}: {failures[name]}")
-        yield Group(processes)
 
 
 def reason(text: str) -> str:
@@ -453,7 +414,15 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _arguments(
             checkpoint, dtype, started_forms, max(map(images_of, names)), args.patched
         )
-        with started(arguments, failures) as group, tempfile.TemporaryDirectory() as to:
+        ended: dict[str, str] = {}
+        with (
+            worker.engines("scripts.bench_tower", arguments, ended) as processes,
+            tempfile.TemporaryDirectory() as to,
+        ):
+            if missing := [name for name in REQUIRED if name not in processes]:
+                raise RuntimeError(f"{missing[0]}: {ended[missing[0]]}")
+            failures |= {name: reason(text) for name, text in ended.items()}
+            group = Group(processes)
             memory = "GPU memory" if gpus else "resident"
             print(
                 f"\n{args.kind}, {layers} layers, {dtype}, at most {most} runs each;"

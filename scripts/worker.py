@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,6 +124,11 @@ class Process:
         self.process.wait()
 
 
+def at_once() -> int:
+    """How many processes may load or prepare at a time: two cores each."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
 @contextlib.contextmanager
 def engines(
     module: str,
@@ -131,8 +137,7 @@ def engines(
 ) -> Iterator[dict[str, Process]]:
     """Start processes by name, each with its arguments; end them afterwards.
 
-    All at once if there are four cores for each, else one after the other: their
-    loading would fight for the cores.
+    As many at a time as have two cores each: their loading would fight for fewer.
 
     Args:
         module: Runs ``serve`` where ``--serve`` is given.
@@ -143,31 +148,25 @@ def engines(
     Raises:
         RuntimeError: One ended, and ``failures`` is not given.
     """
-    at_once = len(os.sched_getaffinity(0)) >= 4 * len(arguments)
+    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        processes: dict[str, Process] = {}
 
-        def wait(name: str) -> None:
+        def start(name: str) -> Process | None:
+            log = stack.enter_context(tempfile.TemporaryFile())
+            print(f"starting the {name} engine ...", flush=True)
+            process = Process(log, module, name, arguments[name])
+            stack.callback(process.stop)
             try:
-                where = processes[name].answer()
+                where = process.answer()
             except RuntimeError as error:
                 if failures is None:
                     raise
                 failures[name] = str(error)
-                del processes[name]
-                return
+                return None
             seconds = time.perf_counter() - begin
             print(f"{name}: vLLM from {where}, {seconds:.0f} s", flush=True)
+            return process
 
-        begin = time.perf_counter()
-        for name, given in arguments.items():
-            log = stack.enter_context(tempfile.TemporaryFile())
-            print(f"starting the {name} engine ...", flush=True)
-            processes[name] = Process(log, module, name, given)
-            stack.callback(processes[name].stop)
-            if not at_once:
-                wait(name)
-        if at_once:
-            for name in arguments:
-                wait(name)
-        yield processes
+        with ThreadPoolExecutor(at_once()) as pool:
+            started = dict(zip(arguments, pool.map(start, arguments), strict=True))
+        yield {name: process for name, process in started.items() if process}

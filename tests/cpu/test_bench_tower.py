@@ -22,6 +22,7 @@ from scripts import (
     demo,
     real_gemma4,
     tiny_gemma4,
+    worker,
 )
 
 TINY = {
@@ -50,25 +51,23 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Recor
         patch.setattr(bench_tower, "CACHE", folder)
         patch.setattr(bench_tower, "CPU_FORMS", FORMS)
         found: dict[str, str] = {}
-        group: list[bench_tower.Group] = []
-        start = bench_tower.started
+        processes: dict[str, worker.Process] = {}
+        start = worker.engines
 
         @contextlib.contextmanager
-        def started(
-            arguments: dict[str, list[str]], failures: dict[str, str]
-        ) -> Iterator[bench_tower.Group]:
-            if not group:
+        def engines(
+            module: str, arguments: dict[str, list[str]], failures: dict[str, str]
+        ) -> Iterator[dict[str, worker.Process]]:
+            if not processes:
                 # More images than a run with the batches alone needs.
                 for given in arguments.values():
                     given[given.index("--images") + 1] = "4"
-                group.append(stack.enter_context(start(arguments, found)))
+                made = stack.enter_context(start(module, arguments, found))
+                processes.update(made)
             failures |= {name: found[name] for name in arguments if name in found}
-            processes = group[0].processes
-            yield bench_tower.Group(
-                {n: processes[n] for n in arguments if n in processes}
-            )
+            yield {n: processes[n] for n in arguments if n in processes}
 
-        patch.setattr(bench_tower, "started", started)
+        patch.setattr(worker, "engines", engines)
 
         def main(*arguments: str) -> tuple[int, Records]:
             out = folder / "out.jsonl"
