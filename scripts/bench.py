@@ -60,20 +60,20 @@ _FOUR = ("--forms", "release,triton,patched,fa3")
 _HOST = _job("host", 1, "bench_mm_prefix", "builder")
 JOBS = {
     "cuda": (
-        _layer("A,B,C", 4),
-        _layer("D,E,F,G", 4),
-        _layer("H,V,S", 3),
-        _layer("I,T,L", 4),
+        _layer("A,B,C", 1),
+        _layer("D,E,F,G", 1),
+        _layer("H,V,S", 1),
+        _layer("I,T,L", 1),
         _HOST,
-        _job("tower 26b", 8, "bench_tower", "--kind", "26b", *_GPU_TOWER),
-        _job("tower e2b", 7, "bench_tower", "--kind", "e2b", *_GPU_TOWER),
-        _job("scaling images", 3, "bench_tower", "--scale", "images"),
-        _job("scaling soft_tokens", 2, "bench_tower", "--scale", "soft_tokens"),
+        _job("tower 26b", 6, "bench_tower", "--kind", "26b", *_GPU_TOWER),
+        _job("tower e2b", 5, "bench_tower", "--kind", "e2b", *_GPU_TOWER),
+        _job("scaling images", 4, "bench_tower", "--scale", "images"),
+        _job("scaling soft_tokens", 3, "bench_tower", "--scale", "soft_tokens"),
         _job("scaling engine", 4, "bench_engine", "scaling", "--kind", "26b"),
-        _job("step 26b", 3, "bench_engine", "step", "--kind", "26b", *_FOUR),
-        _job("step 31b", 3, "bench_engine", "step", "--kind", "31b", *_FOUR),
+        _job("step 26b", 2, "bench_engine", "step", "--kind", "26b", *_FOUR),
+        _job("step 31b", 2.5, "bench_engine", "step", "--kind", "31b", *_FOUR),
         _job(
-            *("step 26b whole", 4, "bench_engine", "step", "--kind", "26b"),
+            *("step 26b whole", 1.5, "bench_engine", "step", "--kind", "26b"),
             *("--layers", "30", "--forms", "release,patched"),
         ),
         _job("serving 26b", 7, "bench_engine", "serving", "--kind", "26b", *_FOUR),
@@ -92,7 +92,7 @@ JOBS = {
     ),
     "cpu": (
         _HOST,
-        _job("tower 26b", 4, "bench_tower", "--kind", "26b"),
+        _job("tower 26b", 8, "bench_tower", "--kind", "26b"),
         _job("tower e2b", 3, "bench_tower", "--kind", "e2b"),
     ),
 }
