@@ -5,15 +5,14 @@ import ast
 import contextlib
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import tomllib
@@ -755,9 +754,9 @@ def unknown(
     (work / "derive").mkdir()
     where = f"patches/{release.tag}"
     try:
-        packed = own("archive", commit, where).encode(errors="surrogateescape")
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            archive.extractall(work, filter="data")
+        packed = work / "series.zip"
+        own("archive", "-o", str(packed), commit, where)
+        shutil.unpack_archive(packed, work)
         old = series.patches(work / where)
         commits = series.derive(clone, base, old, work / "derive")
     except (Failure, GitError):
