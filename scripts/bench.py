@@ -175,6 +175,21 @@ def tree(clone: Clone) -> str:
     return clone("rev-parse", "HEAD:vllm")
 
 
+def revision() -> str:
+    """Return this project's commit, which is what measures.
+
+    Raises:
+        Failure: scripts differ from it.
+    """
+    own = Clone(ROOT)
+    if dirty := [name for name in own.dirty() if name.startswith("scripts/")]:
+        raise Failure(
+            f"{dirty[0]} has uncommitted changes",
+            "commit or stash them, so that results say what made them",
+        )
+    return own("rev-parse", "HEAD")
+
+
 def read(results: Path) -> list[dict[str, Any]]:
     """Return the lines of a file of results, of none if it is not there.
 
@@ -294,8 +309,9 @@ def bench(kind: str) -> None:
         )
     if kind == "cuda" and device() != "cuda":
         raise Failure("there is no NVIDIA GPU", "`make bench-cpu` runs what needs none")
-    # A lost connection is an interrupt.
-    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        # A lost connection is an interrupt.
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     release = pins.load(console.option("RELEASE"))
     with console.lock():
         clone = apply(release)
@@ -322,7 +338,7 @@ def bench(kind: str) -> None:
         left = [job for job in jobs if not done(lines, job, made_on)]
         if len(left) < len(jobs):
             say(f"{len(jobs) - len(left)} of {len(jobs)} jobs have results already")
-        commit = Clone(ROOT)("rev-parse", "HEAD")
+        commit = revision()
         slowness, failures = 1.0, []
         for number, job in enumerate(left, 1):
             minutes = slowness * sum(other.minutes for other in left[number - 1 :])

@@ -207,14 +207,16 @@ class Encoder:
 
     def start(self) -> None:
         """Record from now on."""
-        self.calls = []
+        self.calls, self.no_graph = [], False
         encode = getattr(self.owner, self.method)
 
         def record(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(functools.partial(encode, *args, **kwargs))
+            # The manager itself is the first argument.
+            before = args[0].graph_misses if self.form == "captured" else 0
             result = encode(*args, **kwargs)
-            if result is None:
-                raise RuntimeError("no CUDA graph has room for this batch")
+            if self.form == "captured":
+                self.no_graph = args[0].graph_misses > before
             return result
 
         self.patch = mock.patch.object(self.owner, self.method, record)
@@ -230,7 +232,8 @@ class Encoder:
 
         Returns:
             ``lengths``, the soft tokens of each item; ``digest`` of all inputs;
-            ``attention``, the backend and version of the patched tree's layers.
+            ``attention``, the backend and version of the patched tree's layers. Or
+            why it is ``skipped``.
 
         Raises:
             RuntimeError: There was not one call of the encoder, or its layers called
@@ -239,6 +242,8 @@ class Encoder:
         import torch
 
         self.patch.stop()
+        if self.no_graph:
+            return {"skipped": "no CUDA graph has room for an item of this batch"}
         if len(self.calls) != 1:
             raise RuntimeError(f"the batch was encoded in {len(self.calls)} calls")
         given = self.calls[0].keywords or self.calls[0].args[-1]
@@ -430,6 +435,8 @@ class Engine:
         sampling = SamplingParams(max_tokens=1)
         self.llm.generate(batch.request(), sampling, use_tqdm=False)
         about: dict[str, Any] = self.ask("stop", out, inputs, most)[0]
+        if "skipped" in about:
+            return about
         if len(about["lengths"]) != max(len(batch.images), 1):
             raise RuntimeError(f"{len(about['lengths'])} items were encoded for {name}")
         return about

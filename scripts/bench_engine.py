@@ -426,7 +426,7 @@ def _prefills(
         for name, engine in engines.items()
     }
     by_turns(calls, 1, 1, 0)  # a warm-up
-    found = by_turns(calls, 2, repeat, seconds)
+    found = by_turns(calls, 5, repeat, seconds)
     tokens = {name: runs[0]["tokens"] for name, runs in found.items()}
     expected = tokens.get(REFERENCE)
     return {
@@ -546,6 +546,9 @@ def fitting(kind: str, layers: int, engines: int, gigabytes: float) -> int:
         layers: At most so many.
         engines: That share the GPU.
         gigabytes: Its memory, in 1e9.
+
+    Raises:
+        RuntimeError: Not even a period fits.
     """
     each = 0.94 * gigabytes / engines
 
@@ -557,11 +560,16 @@ def fitting(kind: str, layers: int, engines: int, gigabytes: float) -> int:
     period = real_gemma4.period(kind)
     while layers > period and needed(layers) > each:
         layers -= layers % period or period
+    if needed(layers) > each:
+        raise RuntimeError(
+            f"{engines} engines of {layers} layers take {needed(layers):.0f} GB each,"
+            f" {each:.0f} of which this GPU has: ask for fewer --forms"
+        )
     return layers
 
 
 def write_model(kind: str, layers: int, cuda: bool) -> Path:
-    """Write a checkpoint without weights, once; return its folder.
+    """Write a checkpoint without weights; return its folder.
 
     Args:
         kind: A key of ``real_gemma4.TEXTS``.
@@ -612,7 +620,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shrink", type=int, help=help)
     help = "runs of each (default: 3 of a workload, 9 of a prefill)"
     parser.add_argument("--repeat", type=int, help=help)
-    help = "after so long a prefill has no more runs, but two (default: 6)"
+    help = "after so long a prefill has no more runs, but five (default: 6)"
     parser.add_argument("--seconds", type=float, default=6, help=help)
     help = f"of {', '.join(FORMS)} (default: the first three, on CPU two of them)"
     parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
@@ -650,7 +658,13 @@ def main(argv: list[str] | None = None) -> int:
     if cuda:
         gpu = torch.cuda.get_device_properties(0)
         device = gpu.name
-        layers = fitting(args.kind, layers, len(forms), gpu.total_memory / 1e9)
+        try:
+            room = fitting(args.kind, layers, len(forms), gpu.total_memory / 1e9)
+        except RuntimeError as error:
+            parser.exit(1, f"bench_engine: {error}\n")
+        if args.layers and room < layers:
+            parser.exit(1, f"bench_engine: {room} layers fit, not {layers}\n")
+        layers = room
     context = CONTEXTS[-1] if args.level == "scaling" and cuda else STEP_TOKENS
     about = {"kind": args.kind, "layers": layers, "dtype": "bfloat16"}
     about["device"] = device

@@ -248,7 +248,7 @@ class Peer:
         """Encode what an engine's encoder got; save the features.
 
         Args:
-            inputs: The file that ``bench_tower.Encoder`` wrote.
+            inputs: The file that ``bench_encoder.Encoder`` wrote.
             out: The file for the features, float32 [soft tokens, text width] an item.
 
         Returns:

@@ -527,7 +527,7 @@ def server_options(checkpoint: str, api_servers: int, cuda: bool) -> list[str]:
     if not cuda:
         return [*options, "--enforce-eager"]
     # The other servers use the GPU, too: free memory says nothing.
-    memory = ["--kv-cache-memory-bytes", str(16 << 30)]
+    memory = ["--kv-cache-memory-bytes", str(8 << 30)]
     return [*options, *memory, "--gpu-memory-utilization", "0.1"]
 
 
@@ -586,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from scripts.bench_engine import write_model
+    from scripts.bench_engine import fitting, write_model
 
     cuda = torch.cuda.is_available()
     seconds = args.seconds or (10 if cuda else 4)
@@ -608,7 +608,10 @@ def main(argv: list[str] | None = None) -> int:
         return offer(server, tokenizer, load, count, rate, seed)
 
     try:
-        layers = args.layers or (12 if cuda else 1)
+        layers = args.layers or 1
+        if cuda and not args.layers:
+            gpu = torch.cuda.get_device_properties(0)
+            layers = fitting(args.kind, 12, len(forms), gpu.total_memory / 1e9)
         checkpoint = args.checkpoint or write_model(args.kind, layers, cuda)
         text = json.loads((checkpoint / "config.json").read_text())["text_config"]
         about = {

@@ -92,7 +92,8 @@ class Group:
             if name in REQUIRED:
                 raise
             self.processes.pop(name).stop()
-            self.ended[name] = answer = {"skipped": reason(str(error))}
+            answer = {"skipped": reason(str(error))}
+            self.ended[name] = {"skipped": f"ended before: {answer['skipped']}"}
         return answer
 
     def prepare(self, batch: str, folder: Path, most: int) -> dict[str, dict[str, Any]]:

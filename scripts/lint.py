@@ -259,6 +259,8 @@ def numbers(text: str) -> Iterator[tuple[int, str, str]]:
 def measured(root: Path) -> Iterator[str]:
     """Find numbers in README.md and docs/ that no benchmark has given.
 
+    One that stands in the report for something else is not found, nor are words.
+
     Yields:
         One line a finding.
     """

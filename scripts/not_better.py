@@ -10,7 +10,6 @@ from scripts.results import (
     BACKENDS,
     ENGINE_FORMS,
     LAYER_FORMS,
-    MODELS,
     PEERS,
     TOWER_FORMS,
     TOWERS,
@@ -20,6 +19,8 @@ from scripts.results import (
     by,
     first_token,
     kept,
+    memory,
+    model,
     number,
     of_bench,
     prose,
@@ -48,9 +49,10 @@ LAYER_PAIRS = (
 # What has no spread is only worse if it is so many times as much: memory and errors,
 # which of a layer are kept with two digits. Either of two rates may be off by that.
 ABOUT = 1.015
-MARGINS = (
-    ("mib", 1.03, "needs more memory than", " MiB"),
-    ("error", 1.1, "is less accurate than", ""),
+MEMORY, ERROR = 1.03, 1.1
+MARGINS: tuple[tuple[Callable[[Record], float | None], float, str, str], ...] = (
+    (memory, MEMORY, "needs more memory than", " MiB"),
+    (lambda record: record.get("error"), ERROR, "is less accurate than", ""),
 )
 
 
@@ -95,8 +97,8 @@ def compare(
         if ratio >= 1.005 and not mine.overlaps(other):
             what = "gives less than" if more else "takes longer than"
             found.append(Worse(subject, *label, what, where, f"{ratio:.2f}x"))
-        for key, margin, what, unit in MARGINS:
-            value, least = (forms[form].get(key) for form in (ours, theirs))
+        for get, margin, what, unit in MARGINS:
+            value, least = (get(forms[form]) for form in (ours, theirs))
             if value is None or least is None or value <= margin * least:
                 continue
             how = (
@@ -147,7 +149,7 @@ def not_better(device: Device) -> list[str]:
             | {
                 "error": max(
                     (record[r] for r in ("ranges", "rest") if r in record), default=None
-                )
+                ),
             }
             for record in records
         }
@@ -157,41 +159,46 @@ def not_better(device: Device) -> list[str]:
         subject = f"Tower of {TOWERS.get(kind, kind)}"
         forms = by(records, "tree")
         found += compare(subject, batch, forms, TOWER_PAIRS, TOWER_FORMS, seconds)
-    for _, (kind, case, part), records in device.groups(
-        "step", "kind", "case", "variant"
+    for _, (kind, layers, case, part), records in device.groups(
+        "step", "kind", "layers", "case", "variant"
     ):
-        subject = f"Step of {MODELS.get(kind, kind)}, {part}"
+        subject = f"Step of {model(kind, layers)}, {part}"
         forms = by(records, "tree")
         found += compare(subject, case, forms, ENGINE_PAIRS, ENGINE_FORMS, plain)
-    for _, (kind, workload), records in device.groups("serving", "kind", "workload"):
-        subject = f"Serving {MODELS.get(kind, kind)}"
+    for _, (kind, layers, workload), records in device.groups(
+        "serving", "kind", "layers", "workload"
+    ):
+        subject = f"Serving {model(kind, layers)}"
         forms = by(records, "tree")
         found += compare(subject, workload, forms, ENGINE_PAIRS, ENGINE_FORMS, bench)
-    for _, (kind, name, rate), records in device.groups(
-        "rates", "kind", "workload", "rate"
+    for _, (kind, layers, name, rate), records in device.groups(
+        "rates", "kind", "layers", "workload", "rate"
     ):
         where = "all at once" if rate is None else f"{number(rate)} req/s"
         forms = by(records, "tree")
         for what, of in (("first token", wait), ("requests a second", load)):
-            subject = f"{MODELS.get(kind, kind)}, {name}, {what}"
+            subject = f"{model(kind, layers)}, {name}, {what}"
             found += compare(subject, where, forms, ENGINE_PAIRS, ENGINE_FORMS, of)
-    for _, (kind, name), records in device.groups("rates", "kind", "workload"):
+    for _, (kind, layers, name), records in device.groups(
+        "rates", "kind", "layers", "workload"
+    ):
         best = {tree: kept(own) or 0 for (tree,), own in split(records, "tree").items()}
         for ours, theirs in ENGINE_PAIRS:
             if ours in best and theirs in best and best[ours] < best[theirs]:
-                subject = f"{MODELS.get(kind, kind)}, {name}"
+                subject = f"{model(kind, layers)}, {name}"
                 label = ENGINE_FORMS[ours], ENGINE_FORMS[theirs]
                 how = f"{best[ours]:g} for {best[theirs]:g} req/s"
                 what = "keeps a lower rate than"
                 found.append(Worse(subject, *label, what, "highest", how))
-    for _, (axis, kind, x), records in device.groups("scaling", "axis", "kind", "x"):
-        is_tower = AXES[axis][1]
-        models, pairs, names = (
-            (TOWERS, TOWER_PAIRS, TOWER_FORMS)
-            if is_tower
-            else (MODELS, ENGINE_PAIRS, ENGINE_FORMS)
+    for _, (axis, kind, layers, x), records in device.groups(
+        "scaling", "axis", "kind", "layers", "x"
+    ):
+        what, is_tower = AXES[axis]
+        pairs, names = (
+            (TOWER_PAIRS, TOWER_FORMS) if is_tower else (ENGINE_PAIRS, ENGINE_FORMS)
         )
-        subject = f"{models.get(kind, kind)} by {AXES[axis][0]}"
+        subject = TOWERS.get(kind, kind) if is_tower else model(kind, layers)
+        subject += f" by {what}"
         found += compare(subject, f"{x:,}", by(records, "tree"), pairs, names, seconds)
     lines: dict[str, list[str]] = {}
     for one in found:
@@ -200,11 +207,12 @@ def not_better(device: Device) -> list[str]:
     return [
         "## What is not better",
         "",
-        *prose("""
+        *prose(f"""
             Where the release, another library or another form of the series takes less
-            time and the ranges of samples do not meet, takes less memory, or is nearer
-            to float32; the last two by more than a few per cent, for they have no
-            range.
+            time and the quartiles do not meet (of a layer the lowest and the highest
+            tenth of the samples), takes less memory by more than {MEMORY - 1:.0%}, or
+            has a smaller error by more than {ERROR - 1:.0%}. Requests a second count
+            from {ABOUT * ABOUT - 1:.0%}, first tokens from two standard deviations.
         """),
         *(f"{key}: {', '.join(where)}" for key, where in lines.items()),
         *([] if lines else ["Nothing was found."]),

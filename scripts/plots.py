@@ -24,6 +24,8 @@ from scripts.results import (
     first_token,
     fit,
     known,
+    memory,
+    model,
     of_bench,
     rated,
     split,
@@ -244,10 +246,11 @@ Parts = dict[str, dict[str, dict[str, Record]]]
 def _step_parts(device: Device) -> Parts:
     """Return the records of a step's variants by model, case and tree."""
     found: Parts = {}
-    for run, (kind, case, tree), records in device.groups(
-        "step", "kind", "case", "tree"
+    for run, (kind, layers, case, tree), records in device.groups(
+        "step", "kind", "layers", "case", "tree"
     ):
-        cases = found.setdefault(f"{MODELS.get(kind, kind)}{run.title}", {})
+        title = f":{run.title}" if run.title else ""
+        cases = found.setdefault(f"{model(kind, layers)}{title}", {})
         cases.setdefault(case, {})[tree] = by(records, "variant")
     return found
 
@@ -257,7 +260,7 @@ def _step(steps: Parts, figure: Any) -> None:
     heights = [len(cases) for cases in steps.values()]
     panels = figure.subplots(len(steps), squeeze=False, height_ratios=heights)[:, 0]
     drawn: dict[str, Any] = {}
-    for axes, (model, cases) in zip(panels, steps.items(), strict=True):
+    for axes, (name, cases) in zip(panels, steps.items(), strict=True):
         there = [{"tree": tree} for trees in cases.values() for tree in trees]
         forms = known(ENGINE_FORMS, there)
         colors = _colors(ENGINE_FORMS, forms)
@@ -285,7 +288,7 @@ def _step(steps: Parts, figure: Any) -> None:
                 bars = _bars([found])
                 axes.errorbar([found.median], [place], xerr=bars, fmt="none", color=INK)
         _rows(axes, list(cases))
-        axes.set_title(model, fontsize="medium")
+        axes.set_title(name, fontsize="medium")
     panels[-1].set_xlabel(
         "milliseconds for language model and tower, median and quartiles"
     )
@@ -318,7 +321,7 @@ def _serving(models: Ratios, figure: Any) -> None:
         len(models), squeeze=False, height_ratios=heights, sharex=True
     )[:, 0]
     drawn: dict[str, Any] = {}
-    for axes, (model, rows) in zip(panels, models.items(), strict=True):
+    for axes, (name, rows) in zip(panels, models.items(), strict=True):
         there = [{"tree": tree} for trees in rows.values() for tree in trees]
         forms = known(ENGINE_FORMS, there)
         colors = _colors(ENGINE_FORMS, forms)
@@ -336,7 +339,7 @@ def _serving(models: Ratios, figure: Any) -> None:
             )
         axes.axvline(1, color=COLORS["release"], linewidth=1)
         _rows(axes, list(rows))
-        axes.set_title(model, fontsize="medium")
+        axes.set_title(name, fontsize="medium")
     panels[-1].set_xlabel("times as fast as the release (1), median and quartiles")
     _legend(figure, drawn)
 
@@ -397,12 +400,12 @@ def _scaling(axis: str, records: Sequence[Record], figure: Any) -> None:
     forms = known(names, records)
     colors, is_share = _colors(names, forms), axis == "image_share"
     # On a CPU an engine's memory is not known.
-    has_memory = any(record.get("mib") for record in records)
+    has_memory = any(memory(record) for record in records)
     panels = figure.subplots(1, 1 + has_memory, squeeze=False)[0]
     for form in forms:
         own = sorted((r for r in records if r["tree"] == form), key=lambda r: r["x"])
         times = [(record["x"], spread(record, 1e3)) for record in own]
-        sizes = [(r["x"], Spread(*[r["mib"]] * 3)) for r in own if r.get("mib")]
+        sizes = [(r["x"], Spread(m, m, m)) for r in own if (m := memory(r))]
         for axes, points in zip(panels, (times, sizes), strict=False):
             medians = [(x, found.median) for x, found in points]
             label, power = names.get(form, form), fit(medians)

@@ -15,6 +15,7 @@ from scripts.results import (
     Record,
     Spread,
     by,
+    model,
     of_bench,
     prose,
     split,
@@ -192,7 +193,9 @@ def _mixed(
 def _second_call(device: Device) -> list[str]:
     """What images cost a step of the language model."""
     rows = []
-    for _, (kind, case), records in device.groups("step", "kind", "case"):
+    for _, (kind, layers, case), records in device.groups(
+        "step", "kind", "layers", "case"
+    ):
         trees = {
             tree: by(own, "variant") for (tree,), own in split(records, "tree").items()
         }
@@ -205,7 +208,7 @@ def _second_call(device: Device) -> list[str]:
             ),
         ]
         if set(cells) != {"-"}:
-            rows.append([MODELS.get(kind, kind), case, *cells])
+            rows.append([model(kind, layers), case, *cells])
     if not rows:
         return []
     return [

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from scripts import console, plots
-from scripts.bench import read
+from scripts.bench import JOBS, read
 from scripts.console import ROOT, Failure, say, show
 from scripts.not_better import not_better
 from scripts.pull_request import pull_request
@@ -31,16 +31,22 @@ from scripts.results import (
     known,
     latest,
     measured,
+    memory,
+    model,
     number,
     of_bench,
     prose,
     rated,
+    sampled,
     split,
     spread,
     table,
 )
 
 RESULTS = ROOT / "docs" / "benchmarks"
+# The profiler takes time, too: if kernels and gaps take so many times as long as
+# without it, the gaps are its own.
+PROFILED = 1.2
 # Of a step of the engine.
 PARTS = ("text", "images", "tower", "images and tower")
 # Of a layer's second call, besides the one that is chosen.
@@ -86,6 +92,13 @@ def attention(records: Iterable[Record]) -> list[str]:
         f"* {ENGINE_FORMS.get(tree, tree)}: {text}" for tree, text in found.items()
     ]
     return ["Attention of the language model:", "", *lines, ""] if lines else []
+
+
+def missing(device: Device) -> list[str]:
+    """Return the jobs that have no results on a device."""
+    jobs = JOBS["cuda" if "gpu" in device.newest.head["machine"] else "cpu"]
+    there = {*device.jobs, *device.dropped}
+    return [job.name for job in jobs if job.name not in there]
 
 
 def agreement(found: Record | None) -> list[str]:
@@ -153,41 +166,47 @@ def _towers_in_short(device: Device) -> list[list[str]]:
             what = f"tower of {TOWERS.get(kind, kind)}, {name}{more}"
             times = (spread(record, 1e3) for record in (base, forms[form]))
             rows.append(_gain(what, "ms", *times))
-            if base["mib"] > 0:
-                sizes = base["mib"], forms[form]["mib"]
-                rows.append(_more(f"{what}: memory", "MiB", *sizes))
+            sizes = memory(base), memory(forms[form])
+            if sizes[0] and sizes[1] is not None:
+                rows.append(_more(f"{what}: memory", "MiB", sizes[0], sizes[1]))
     return rows
 
 
 def _steps_in_short(device: Device) -> list[list[str]]:
-    rows = []
-    for _, (kind, case, part), records in device.groups(
-        "step", "kind", "case", "variant"
+    # Of each model and case the most layers it has.
+    most: dict[tuple[str, str], tuple[int, list[str]]] = {}
+    for _, (kind, case, part, layers), records in device.groups(
+        "step", "kind", "case", "variant", "layers"
     ):
         forms = by(records, "tree") if part == "images and tower" else {}
         if {"release", "patched"} <= forms.keys():
-            what = f"step of {MODELS.get(kind, kind)} with its tower, {case}"
+            what = f"step of {model(kind, layers)}, with its tower, {case}"
             times = (spread(forms[tree]) for tree in ("release", "patched"))
-            rows.append(_gain(what, "ms", *times))
-    return rows
+            row = _gain(what, "ms", *times)
+            if (kind, case) not in most or layers > most[kind, case][0]:
+                most[kind, case] = layers, row
+    return [row for _, row in most.values()]
 
 
 def _rates_in_short(device: Device) -> list[list[str]]:
     rows = []
-    for _, (kind, load), records in device.groups("rates", "kind", "workload"):
+    for _, (kind, layers, load), records in device.groups(
+        "rates", "kind", "layers", "workload"
+    ):
         trees = [
             by((r for r in records if r["tree"] == tree), "rate")
             for tree in ("release", "patched")
         ]
-        what = f"{MODELS.get(kind, kind)}, {load}"
+        what = f"{model(kind, layers)}, {load}"
         shared = [rate for rate in trees[0] if rate in trees[1]]
         if None in shared:
             totals = (tree[None]["output_throughput"] for tree in trees)
             rows.append(_more(f"{what}, all at once", "tok/s", *totals))
         best = [kept(tree.values()) for tree in trees]
         if best[0] is not None and best[1] is not None:
-            row = f"{what}: highest rate kept", "req/s", best[0], best[1]
-            rows.append(_more(*row))
+            cells = [f"{rate:g} req/s" for rate in best]
+            # Each is twice the one before: their ratio says little.
+            rows.append([f"{what}: highest rate kept", *cells, "-"])
         if offered := [rate for rate in shared if rate is not None]:
             # The highest that the release can take.
             rate = best[0] if best[0] in offered else min(offered)
@@ -232,10 +251,10 @@ def layer(device: Device) -> list[str]:
             and lengths of a case are in `cases` of scripts/bench_mm_prefix.py. Causal
             attention by the same kernel is what the batch costs without images; it
             computes half of what an image alone needs. Errors are relative to dense
-            attention in float32, of the rows in images and of the others. Decodes are
-            timed in CUDA graphs.
+            attention in float32, of the rows in images and of the others.
         """),
         *commands(device, device.runs("layer")),
+        *sampled(device.records("layer")),
         *table(
             [
                 *("case", "attention", "us", "causal, us", "times causal"),
@@ -279,14 +298,14 @@ def tower(device: Device) -> list[str]:
         *prose("""
             Errors are of the features from those of Transformers' tower in float32 with
             the same weights: the root of the mean square over that of the features, and
-            the largest. Where all is in half precision they are the order in which sums
-            are rounded.
+            the largest. Differences in half precision are of rounding, the release's
+            and Transformers' included.
         """),
         *prose("""
             Memory is the peak above what was used before, on a CPU of resident memory,
             which varies from run to run. A batch of more patches than one call takes
             goes in several, whose activations are not alive at once. A graph takes its
-            memory when it is captured, before that.
+            memory when it is captured, before that: of *captured* it is not known.
         """),
         *prose("""
             What is behind the differences: a graph also computes what it pads a batch
@@ -303,6 +322,7 @@ def tower(device: Device) -> list[str]:
                 f"### {model}: {about['layers']} layers, {about['dtype']}",
                 "",
                 *commands(device, [run]),
+                *sampled(records),
                 *_batches(records),
                 *_profile(records),
             ]
@@ -323,7 +343,7 @@ def _batches(records: Sequence[Record]) -> list[str]:
             rows.append(
                 [
                     *(batch, TOWER_FORMS.get(form, form), backend),
-                    *(str(spread(record, 1e3)), gain, number(record["mib"])),
+                    *(str(spread(record, 1e3)), gain, size(memory(record))),
                     *(power(record.get(key)) for key in ("error", "max_error")),
                 ]
             )
@@ -341,13 +361,14 @@ def _profile(records: Sequence[Record]) -> list[str]:
     rows = []
     for record in found:
         each = {k: number(us / record["layers"]) for k, us in record["kinds"].items()}
+        if sum(record["kinds"].values()) > PROFILED * 1e6 * record["median"]:
+            each["gaps"] = "-"
         form = TOWER_FORMS.get(record["tree"], record["tree"])
         rows.append([record["batch"], form, *(each.get(kind, "-") for kind in kinds)])
     return [
         *prose("""
-            Where the time of one run goes, a layer. What is between kernels is mostly
-            before the first: the host checks grids, makes indices and enters compiled
-            code.
+            Where the time of one run goes, a layer. Where the profiler makes a run much
+            longer than it is without, what is between kernels is not known.
         """),
         *table(["batch", "form", *(f"{name}, us" for name in names)], rows),
     ]
@@ -382,7 +403,8 @@ def step(device: Device) -> list[str]:
                 )
         heads = ["batch", "tree", "text, ms", "with images, ms", "tower, ms"]
         heads += ["images and tower, ms", "first tokens of text", "with images"]
-        lines += [*title, *attention(records), *table(heads, rows)]
+        about = [*title, *sampled(records), *attention(records)]
+        lines += [*about, *table(heads, rows)]
     if not lines:
         return skipped(device.runs("step"), ENGINE_FORMS)
     return [
@@ -393,6 +415,8 @@ def step(device: Device) -> list[str]:
             with quartiles. The language model is timed on text alone and with images,
             the tower apart from it. *Release, Triton* is the release on that backend,
             *patched, FA3 and FA4* the patched tree with FA3 for the heads that it has.
+            The engines run eager, without compilation and graphs: a long prefill is as
+            fast.
         """),
         *figures(device, "step"),
         *lines,
@@ -422,7 +446,8 @@ def serving(device: Device) -> list[str]:
                 )
         heads = ["workload", "tree", "median", "times as good as the release"]
         heads += ["first tokens", "tokens"]
-        lines += [*title, *attention(records), *table(heads, rows)]
+        about = [*title, *sampled(records), *attention(records)]
+        lines += [*about, *table(heads, rows)]
     if not lines:
         return skipped(device.runs("serving"), ENGINE_FORMS)
     return [
@@ -430,9 +455,9 @@ def serving(device: Device) -> list[str]:
         "",
         *prose("""
             vLLM's own benchmarks of throughput, in tokens of prompts and answers a
-            second, and of latency: medians with quartiles, all trees by turns, each
-            time with prompts that are new to them. Dummy weights in so many layers of
-            the real widths, no prefix caching.
+            second, and of latency: medians with quartiles, all trees by turns. Prompts
+            of text are the same in every run, for there is no prefix caching; images
+            are new. Dummy weights in so many layers of the real widths.
         """),
         *figures(device, "serving"),
         *lines,
@@ -444,7 +469,7 @@ def rates(device: Device) -> list[str]:
     """A load of chats with images at rising rates."""
     lines: list[str] = []
     for title, records in of_models(device, "rates"):
-        lines += [*title, *attention(records)]
+        lines += [*title, *sampled(records, "requests"), *attention(records)]
         for (load,), of_load in split(records, "workload").items():
             best = []
             for tree in known(ENGINE_FORMS, of_load):
@@ -516,6 +541,7 @@ def scaling(device: Device) -> list[str]:
             f"### {what.capitalize()}: {of}",
             "",
             *commands(device, [run]),
+            *sampled(records),
             *_points(records, names),
             *(_powers(records, names) if axis != "image_share" else []),
         ]
@@ -556,7 +582,7 @@ def _points(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
         for form in (form for form in forms if form in trees):
             record = trees[form]
             row = [f"{x:.0%}" if is_share else f"{x:,}", names.get(form, form)]
-            row += [str(spread(record, 1e3)), size(record.get("mib"))]
+            row += [str(spread(record, 1e3)), size(memory(record))]
             if is_share:
                 base = alone.get(form)
                 row.append(f"{record['median'] / base:.2f}" if base else "-")
@@ -576,7 +602,7 @@ def _powers(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
         said = []
         for part, points in (
             ("time", [(r["x"], r["median"]) for r in own]),
-            ("memory", [(r["x"], r["mib"]) for r in own if r.get("mib") is not None]),
+            ("memory", [(r["x"], m) for r in own if (m := memory(r)) is not None]),
         ):
             if found := fit(points):
                 said.append(f"{part} {found.words} (exponent {found.exponent:.2f})")
@@ -600,6 +626,7 @@ def host(device: Device) -> list[str]:
             tenth of the samples.
         """),
         *commands(device, device.runs("host")),
+        *sampled(records),
         *table(["batch", "what", "us"], rows),
     ]
 
@@ -624,9 +651,10 @@ def write(devices: Sequence[Device]) -> str:
         "# Benchmarks",
         "",
         *prose("""
-            The release as it is and with the series, on the same inputs and weights.
-            `make bench` measures, `make report` wrote this from what it kept; see
-            [Measuring](maintaining.md#measuring).
+            The release as it is and with the series, on the same inputs and weights; in
+            engines on the same weights of the language model only, for the towers'
+            parameters have other names. `make bench` measures, `make report` wrote this
+            from what it kept; see [Measuring](maintaining.md#measuring).
         """),
         *prose("""
             Greedy tokens are held against those of the release on Triton: how many
@@ -642,6 +670,10 @@ def write(devices: Sequence[Device]) -> str:
         if device.dropped:
             jobs = ", ".join(device.dropped)
             lines += [f"Only an older tree has results of: {jobs}.", ""]
+        if jobs := ", ".join(device.other_code):
+            lines += [f"Made by other code of the benchmarks: {jobs}.", ""]
+        if jobs := ", ".join(missing(device)):
+            lines += [f"Not measured here yet: {jobs}.", ""]
         for section in SECTIONS:
             lines += section(device)
     return "\n".join(lines).rstrip() + "\n"

@@ -52,6 +52,8 @@ LAYER_FORMS = {
     }.items()
 }
 MODELS = {"e2b": "E2B", "e4b": "E4B", "12b": "12B", "26b": "26B-A4B", "31b": "31B"}
+# How many layers the whole language models have.
+LAYERS = {"e2b": 35, "e4b": 42, "12b": 48, "26b": 30, "31b": 60}
 TOWERS = {"26b": "26B-A4B and 31B", "e2b": "E2B and E4B"}
 # What scaling is along, and whether it is of the tower.
 AXES = {
@@ -129,6 +131,18 @@ class Device:
     def newest(self) -> Run:
         """The run that was made last."""
         return max(self.jobs.values(), key=lambda run: str(run.head["time"]))
+
+    @property
+    def other_code(self) -> list[str]:
+        """The jobs that other benchmarks ran than the newest run of their level."""
+        found = []
+        for job, run in self.jobs.items():
+            # Of two at the same time the last one counts.
+            runs = reversed(self.runs(job.split()[0]))
+            newest = max(runs, key=lambda run: str(run.head["time"]))
+            if run.head.get("benchmarks") != newest.head.get("benchmarks"):
+                found.append(job)
+        return found
 
     @property
     def stem(self) -> str:
@@ -216,6 +230,49 @@ def split(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[R
 def by(records: Iterable[Record], key: str) -> dict[Any, Record]:
     """Return the last record of each value of a key."""
     return {record[key]: record for record in records}
+
+
+def model(kind: str, layers: int | None) -> str:
+    """Return what a language model is called, with how many layers it had."""
+    name, whole = MODELS.get(kind, kind), LAYERS.get(kind)
+    if layers is None:
+        return name
+    if layers == whole:
+        return f"{name}, all {whole} layers"
+    return (
+        f"{name}, {layers} of {whole} layers" if whole else f"{name}, {layers} layers"
+    )
+
+
+def memory(record: Record) -> float | None:
+    """Return the mebibytes that a form needed, None if they are not known.
+
+    A graph's are taken when it is captured, and not seen when it is measured.
+    """
+    return None if record.get("tree") == "captured" else record.get("mib")
+
+
+def sampled(records: Iterable[Record], what: str = "samples") -> list[str]:
+    """Return a line that says how many samples records have, where they have some.
+
+    Args:
+        records: of a table.
+        what: the samples are.
+    """
+    found: set[int] = set()
+    for record in records:
+        of_record = [record.get(key) for key in ("samples", "seconds", "ttfts")]
+        # Of vLLM's own benchmarks they are by what was measured.
+        lists = [
+            next(iter(s.values()), None) if isinstance(s, dict) else s
+            for s in of_record
+        ]
+        found.update(len(one) for one in lists if isinstance(one, list))
+    if not found:
+        return []
+    least, most = min(found), max(found)
+    count = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return [f"{count} {what} each.", ""]
 
 
 def known(names: Mapping[str, str], records: Iterable[Record]) -> list[str]:

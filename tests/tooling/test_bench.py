@@ -73,7 +73,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         "tree": lambda _: state.tree,
         "machine": lambda *_: {"gpu": state.gpu, "gpus": 1, "versions": {}},
         "benchmarks": lambda: state.benchmarks,
-        "Clone": lambda _: lambda *_: "commit",
+        "revision": lambda: "commit",
     }.items():
         monkeypatch.setattr(bench, name, value)
     for name in ("LEVEL", "RELEASE"):
@@ -287,6 +287,30 @@ def test_tree_has_a_name(tmp_path: Path) -> None:
         bench.tree(clone)
     git(*author, "commit", "-qam", "three")
     assert bench.tree(clone) != name
+
+
+def test_results_say_what_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*args: str) -> str:
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", "-C", str(tmp_path), *author, *args]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    git("init", "-q")
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/a.py", "README.md"):
+        (tmp_path / name).write_text("1\n")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    (tmp_path / "README.md").write_text("2\n")
+    assert bench.revision() == git("rev-parse", "HEAD")
+    (tmp_path / "scripts/a.py").write_text("2\n")
+    with pytest.raises(Failure, match=r"scripts/a.py has uncommitted changes"):
+        bench.revision()
 
 
 def test_jobs_are_of_benchmarks_that_exist() -> None:

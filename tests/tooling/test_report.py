@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts import not_better, plots, report, results
+from scripts import bench, not_better, plots, report, results
 from scripts.console import Failure
 
 Record = dict[str, Any]
@@ -191,13 +191,13 @@ vLLM v1.0.0, 2026-01-02, commit ccccccccc; 2 cores of a CPU; torch 2.0.
 0.50 times as much |
 | tower of 26B-A4B and 31B, 8 x 280, compiled | 800 (720 to 880) ms | \
 250 (225 to 275) ms | 3.20 times as fast |
-| step of 31B with its tower, 8 x 1,900, 3 images each | 130 (117 to 143) ms | \
-71.2 (64.1 to 78.3) ms | 1.83 times as fast |
-| 26B-A4B, chat, 1 image, all at once | 700 tok/s | 1,400 tok/s | 2.00 times as much |
-| 26B-A4B, chat, 1 image: highest rate kept | 1.00 req/s | 2.00 req/s | \
+| step of 31B, 12 of 60 layers, with its tower, 8 x 1,900, 3 images each | \
+130 (117 to 143) ms | 71.2 (64.1 to 78.3) ms | 1.83 times as fast |
+| 26B-A4B, 12 of 30 layers, chat, 1 image, all at once | 700 tok/s | 1,400 tok/s | \
 2.00 times as much |
-| 26B-A4B, chat, 1 image: first token at 1 req/s | 40.0 (30.0 to 50.0) ms | \
-20.0 (15.0 to 25.0) ms | 2.00 times as fast |
+| 26B-A4B, 12 of 30 layers, chat, 1 image: highest rate kept | 1 req/s | 2 req/s | - |
+| 26B-A4B, 12 of 30 layers, chat, 1 image: first token at 1 req/s | \
+40.0 (30.0 to 50.0) ms | 20.0 (15.0 to 25.0) ms | 2.00 times as fast |
 
 | A one | FA3 | 111 (109 to 113) | 100 | 1.11 | 2.0e-03 | 3.0e-03 | 4.00 |
 | A one | FA4 | 222 (218 to 226) | 101 | 2.20 | 2.0e-03 | 1.0e-03 | - |
@@ -248,7 +248,7 @@ Load: chat, 1 image. The highest rate kept: release 1 req/s, patched 2 req/s.
 Of 1 cells that both have numbers in, the patched tree gains more over Triton here in \
 1 and less in 0.
 | 4,096 in, 16 out | throughput | +100.0% |
-| 31B | 8 x 1,900, 3 images each | *+1.0%* | +50.0% | *+1.0%* | - |
+| 31B, 12 of 60 layers | 8 x 1,900, 3 images each | *+1.0%* | +50.0% | *+1.0%* | - |
 
 | 256 decodes | find, patched | 71.0 (69.6 to 72.4) |
 
@@ -412,6 +412,104 @@ def test_what_was_measured_elsewhere_says_so() -> None:
     assert text.index("## The host") < text.index(note)
 
 
+def test_other_code_of_the_benchmarks() -> None:
+    found = {name: jobs()["tower 26b"] for name in ("tower 26b", "tower a", "tower b")}
+    lines = lines_of(found | {"host": jobs()["host"]}, benchmarks="new")
+    assert "other code" not in text_of(lines)
+    for line in lines:
+        if line["job"] in ("tower 26b", "tower b") and "command" in line:
+            line |= {"benchmarks": "old", "time": "2026-01-01T00:00:00Z"}
+        elif line["job"] == "host" and "command" in line:
+            line["benchmarks"] = "old"  # the newest of its level
+    text = text_of(lines)
+    assert text.count("other code") == 1
+    assert "\nMade by other code of the benchmarks: tower 26b, tower b.\n" in text
+
+
+def test_what_was_not_measured() -> None:
+    def left(machine: Record) -> str:
+        text = text_of(lines_of(jobs(), machine=machine))
+        found = re.search("(?m)^Not measured here yet: (.*)[.]$", text)
+        return found[1] if found else ""
+
+    wanted = [job.name for job in bench.JOBS["cuda"] if job.name not in jobs()]
+    assert left(MACHINE) == ", ".join(wanted)
+    assert left(CPU) == "tower e2b"
+    # What only an older tree has is said already.
+    older = head("tower e2b", machine=CPU, tree="u", time="2026-01-01T00:00:00Z")
+    text = text_of([*lines_of(jobs(), machine=CPU), older])
+    assert "Only an older tree has results of: tower e2b." in text
+    assert "Not measured" not in text
+
+
+def test_layers_are_named() -> None:
+    assert results.model("26b", 30) == "26B-A4B, all 30 layers"
+    assert results.model("26b", 12) == "26B-A4B, 12 of 30 layers"
+    assert results.model("x", 2) == "x, 2 layers"
+    assert results.model("31b", None) == "31B"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_step_of_the_most_layers_is_in_short(order: int) -> None:
+    few = [*step("release", 1, 2, 3, 5.0), *step("patched", 1, 2, 3, 4.0)]
+    more = [record | {"layers": 60, "median": 2 * record["median"]} for record in few]
+    found = list({"step 31b": few, "step 31b whole": more}.items())[::order]
+    text = text_of(lines_of(dict(found)))
+    short = text.split("## What one gets")[1].split("\n## ")[0]
+    assert "| step of 31B, all 60 layers, with its tower, 8 x 1,900" in short
+    assert "| 1.25 times as fast |" in short
+    assert "12 of 60" not in short
+    [device] = results.latest(lines_of(dict(found)), "benchmarks")
+    assert set(plots._step_parts(device)) == {
+        "31B, 12 of 60 layers",
+        "31B, all 60 layers: whole",
+    }
+
+
+def test_how_many_samples() -> None:
+    def said(job: str, *samples: Any, key: str = "samples") -> list[str]:
+        records = [record for record in jobs()[job] if "skipped" not in record]
+        for record in records:
+            record.pop("samples", None)
+        for record, value in zip(records, samples, strict=False):
+            record[key] = value
+        return re.findall(r"(?m)^\d.* each[.]$", text_of(lines_of({job: records})))
+
+    assert said("layer A") == []
+    assert said("layer A", [1.0] * 30, [1.0] * 30) == ["30 samples each."]
+    assert said("host", [1.0] * 50) == ["50 samples each."]
+    assert said("tower 26b", [1.0] * 4, [1.0] * 1021, key="seconds") == [
+        "4 to 1,021 samples each."
+    ]
+    assert said("step 31b", [1.0] * 2, [1.0] * 9) == ["2 to 9 samples each."]
+    assert said("scaling images", [1.0] * 5) == ["5 samples each."]
+    assert said("serving 31b", {"seconds": [1.0] * 3}) == ["3 samples each."]
+    assert said("rates 26b") == ["5 requests each."]
+
+
+def test_gaps_of_the_profiler_are_not_shown() -> None:
+    def cells(gaps: float) -> str:
+        kinds = {"GEMM": 2700.0, "gaps": gaps}
+        text = text_of(lines_of({"tower": [tower("a", "eager", 0.005, kinds=kinds)]}))
+        [row] = re.findall(r"(?m)^\| a \| patched \| 100 \| .*$", text)
+        return str(row)
+
+    assert cells(2700.0) == "| a | patched | 100 | 100 |"
+    assert cells(3305.0) == "| a | patched | 100 | - |"
+
+
+def test_memory_of_graphs_is_not_known() -> None:
+    records = [tower("a", "compiled", 1.0), tower("a", "captured", 1.0, mib=9999)]
+    text = text_of(lines_of({"tower": records}))
+    assert "| a | captured | - | 1,000 (900 to 1,100) | - | - | 1.2e-02 |" in text
+    assert "needs more memory" not in text
+    records = scaling("images", "captured", [(1, 1, 7777), (2, 2, 8888)])
+    [device] = results.latest(lines_of({"scaling images": records}), "benchmarks")
+    text = report.write([device])
+    assert "7,777" not in text and ", memory" not in text
+    assert "| 1 | captured | 1,000 (900 to 1,100) | - |" in text
+
+
 @pytest.mark.parametrize("at", [0, 9])
 def test_records_of_unknown_origin(at: int) -> None:
     lines = lines_of(jobs())
@@ -431,6 +529,8 @@ def test_not_better() -> None:
     pair = [tower("a", "unpatched", 1.0), tower("a", "eager", 1.15)]
     # The quartiles meet.
     assert nothing in worse("tower", pair)
+    limits = "less memory by more than 3%, or has a smaller error by more than 10%."
+    assert limits in worse("tower", pair)
     pair[1]["median"], pair[1]["quartiles"] = 1.3, [1.2, 1.4]
     assert "26B-A4B and 31B: patched takes longer than release: a (1.30x)" in worse(
         "tower", pair
@@ -444,7 +544,10 @@ def test_not_better() -> None:
     pair[0]["mib"] = 0
     assert "release: a (1.3e+03 MiB for none)" in worse("tower", pair)
     loads = serving("l", "throughput", release=100.0, patched=90.0)
-    assert "31B: patched gives less than release: l (1.11x)" in worse("serving", loads)
+    assert (
+        "Serving 31B, 12 of 60 layers: patched gives less than release: l (1.11x)"
+        in worse("serving", loads)
+    )
     loads = serving("l", "latency", release=0.1, patched=0.09)
     assert nothing in worse("serving", loads)
     loads[1]["agreement"] = same(40, 1000)
