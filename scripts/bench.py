@@ -26,6 +26,7 @@ from scripts.git import Clone
 from scripts.test import environ
 
 RESULTS = BUILD / "bench" / "results.jsonl"
+TIMES = 10  # as long as a job takes, until it is ended
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,19 @@ def machine(python: Path, env: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+def busy() -> str:
+    """Return a process that uses the GPU, as nvidia-smi says it, or nothing."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    query = ["--query-compute-apps=pid,name,used_memory", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-i", gpu, *query], capture_output=True, text=True
+        )
+    except OSError:
+        return ""
+    return "" if done.returncode else done.stdout.partition("\n")[0].strip()
+
+
 def tree(clone: Clone) -> str:
     """Return git's name of the package as it is checked out.
 
@@ -272,19 +286,24 @@ def run(
             start_new_session=True,
         ) as running,
     ):
+        status: int | None = None
         try:
-            status = running.wait()
+            # What takes ten times as long as it should hangs.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = running.wait(TIMES * 60 * max(job.minutes, 3))
         finally:
             # Its engines must not outlive it, nor an interrupt.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
     records = []
-    if not status and out.exists():
+    if status == 0 and out.exists():
         records = [json.loads(line) for line in out.read_text().splitlines()]
-    if status or not records:
+    if status != 0 or not records:
         for line in log.read_text(errors="replace").splitlines()[-15:]:
             say("    " + line)
-        what = f"exit status {status}" if status else "no records"
+        what = "no records" if status == 0 else f"exit status {status}"
+        if status is None:
+            what = f"no result in {TIMES} times the minutes that it takes"
         raise Failure(
             f"{job.name} ended with {what}",
             f"the last lines are above, all of them in {show(log)}",
@@ -332,6 +351,10 @@ def bench(kind: str) -> None:
         if kind == "cuda" and not here["gpus"]:
             raise Failure(
                 f"{target.python} sees no GPU", "give PYTHON= one with vLLM for CUDA"
+            )
+        if kind == "cuda" and (other := busy()):
+            raise Failure(
+                f"the GPU is in use: {other}", "run this when it has nothing else to do"
             )
         lines = read(results)
         jobs = [job for job in JOBS[kind] if job.level in wanted]

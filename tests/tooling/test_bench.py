@@ -74,6 +74,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         "machine": lambda *_: {"gpu": state.gpu, "gpus": 1, "versions": {}},
         "benchmarks": lambda: state.benchmarks,
         "revision": lambda: "commit",
+        "busy": lambda: "",
     }.items():
         monkeypatch.setattr(bench, name, value)
     for name in ("LEVEL", "RELEASE"):
@@ -202,6 +203,36 @@ def test_gpu_that_the_environment_does_not_see(
     with pytest.raises(Failure, match="sees no GPU"):
         bench.bench("cuda")
     assert toy.runs == []
+
+
+def test_gpu_that_is_in_use(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "busy", lambda: "123, python, 4 MiB")
+    with pytest.raises(Failure, match="the GPU is in use: 123, python, 4 MiB: run"):
+        bench.bench("cuda")
+    assert toy.runs == []
+    bench.bench("cpu")
+    assert toy.runs == ["a"]
+
+
+@pytest.mark.parametrize(("status", "said"), [(0, "7, python, 1 MiB"), (9, "")])
+def test_what_uses_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, said: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.busy() == ""
+    smi = tmp_path / "nvidia-smi"
+    text = f"echo '7, python, 1 MiB'\necho '8, b, 2 MiB'\nexit {status}"
+    smi.write_text(f"#!/bin/sh\n{text}\n")
+    smi.chmod(0o755)
+    assert bench.busy() == said
+
+
+def test_job_that_hangs(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (toy.folder / "hang-b").touch()
+    monkeypatch.setattr(bench, "TIMES", 0.05)
+    with pytest.raises(Failure, match="b 1: nothing was measured"):
+        bench.bench("cuda")
+    assert {line["job"] for line in toy.lines} == {"a 1", "c 1"}
 
 
 def test_jobs_measure_this_release_beside_this_clone(
