@@ -57,15 +57,23 @@ KERNELS = {  # of a GPU, by their names
         "triton|elementwise|norm|reduce|gelu|rotary|cat|clamp|copy"
     ),
 }
-# Width and height that the processor makes so many patches of: 17 x 16, 40 x 6 and
-# 33 x 33 cells of nine for 280 and 1120 soft tokens, 7 x 10 for the 70 of a frame.
-_PATCHES = {2448: (816, 768), 2160: (1968, 336), 9801: (1600, 1600), 630: (336, 480)}
+# Width and height that the processor makes so many patches of: 17 x 16, 40 x 6, 20 x 14
+# and 33 x 33 cells of nine for 280 and 1120 soft tokens, 7 x 10 for the 70 of a frame.
+_PATCHES = {
+    2448: (816, 768),
+    2160: (1968, 336),
+    2520: (960, 672),
+    9801: (1600, 1600),
+    630: (336, 480),
+}
 _MIXED = [(768, 768), (1600, 400), (300, 900), (640, 480)] * 2
 _VIDEO = "32 x 70 video"
 BATCHES: dict[str, list[tuple[int, int]]] = {  # items x soft tokens of each at most
     "1 x 280": [_PATCHES[2448]],
     "8 x 280 mixed": _MIXED,
     "8 x 280": [_PATCHES[2160]] * 8,
+    # Without rows of padding, for which the release needs a mask.
+    "8 x 280 full": [_PATCHES[2520]] * 8,
     "32 x 280": [_PATCHES[2160]] * 32,
     _VIDEO: [],
     "1 x 1120": [_PATCHES[9801]],

@@ -288,12 +288,14 @@ def tower(device: Device) -> list[str]:
             With pooling and projection, all forms of a table by turns in one run, with
             the same weights and inputs: medians with quartiles. A batch is items x soft
             tokens of each at most; the shape of an image decides how many patches it
-            has. *Patched* is what vLLM does if it is told nothing, *compiled* has
-            `compile_mm_encoder`, *captured* `cudagraph_mm_encoder` with it; a named
-            attention backend is that of the compiled tower. FP8 is linear layers in
-            compressed-tensors' format with a scale a channel and a token. Transformers
-            is that library's own tower on what the release's encoder gets, with
-            FlashAttention its own unpadding around the kernel that vLLM ships.
+            has. But for *full* and the video they leave rows of padding, as most images
+            do, which the release masks. *Patched* is what vLLM does if it is told
+            nothing, *compiled* has `compile_mm_encoder`, *captured*
+            `cudagraph_mm_encoder` with it; a named attention backend is that of the
+            compiled tower. FP8 is linear layers in compressed-tensors' format with a
+            scale a channel and a token. Transformers is that library's own tower on
+            what the release's encoder gets, with FlashAttention its own unpadding
+            around the kernel that vLLM ships.
         """),
         *prose("""
             Errors are of the features from those of Transformers' tower in float32 with
