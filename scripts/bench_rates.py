@@ -34,6 +34,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scripts import demo, real_gemma4
+from scripts.bench_engine import (
+    IMAGE,
+    SOFT_TOKENS,
+    attention_layers,
+    fitting,
+    write_model,
+)
 from scripts.worker import ROOT
 
 FORMS = {  # attention backend, and whether the tree is the release's
@@ -41,8 +48,7 @@ FORMS = {  # attention backend, and whether the tree is the release's
     "patched": ("", False),
     "triton": ("TRITON_ATTN", True),
 }
-IMAGE = (672, 960)  # height and width: 280 soft tokens
-IMAGE_TOKENS = 282  # with those for its begin and end
+IMAGE_TOKENS = SOFT_TOKENS + 2  # with those for its begin and end
 MOST_IMAGES = 4
 KEEPS_UP = 0.9  # of the requests, see ``pace``
 SLOW = 5.0  # times the time to the first token without load, see ``saturated``
@@ -125,7 +131,6 @@ class Extension:
         import torch
         import vllm
 
-        from scripts.bench_engine import attention_layers
         from scripts.real_gemma4 import fill, vary_features
 
         model = self.get_model()
@@ -585,8 +590,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"there is no {', '.join(sorted(unknown))}")
 
     import torch
-
-    from scripts.bench_engine import fitting, write_model
 
     cuda = torch.cuda.is_available()
     seconds = args.seconds or (10 if cuda else 4)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from scripts import bench_rates, real_gemma4, unpatched
+from scripts import bench_engine, bench_rates, real_gemma4, unpatched
 from scripts.bench_rates import ClientIsLateError, Load, Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def test_load_is_options_of_vllm(name: str) -> None:
         args.random_mm_bucket_config,
     )
     assert found[:2] == (load.fewest, load.most)
-    assert found[3] == {(*bench_rates.IMAGE, 1): 1.0}
+    assert found[3] == {(*bench_engine.IMAGE, 1): 1.0}
     assert client_arguments(load, math.inf).request_rate == math.inf
 
 
