@@ -688,9 +688,7 @@ def main(argv: list[str] | None = None) -> int:
             for record in BENCHES[args.level](engines, args):
                 record |= about | {"attention": attention[record["tree"]]}
                 print(show(record), flush=True)
-                if args.json is not None:
-                    with args.json.open("a") as out:
-                        out.write(json.dumps(record) + "\n")
+                worker.keep(args.json, record)
     except (OSError, RuntimeError) as error:
         print(f"bench_engine: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,6 @@ import functools
 import importlib
 import importlib.util
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from scripts import demo, real_gemma4, unpatched
+from scripts import demo, real_gemma4, unpatched, worker
 from scripts.real_gemma4 import WINDOW
 
 DTYPE = torch.bfloat16
@@ -596,10 +595,7 @@ def main(argv: list[str] | None = None) -> int:
     more["device"] = torch.cuda.get_device_name() if cuda else "cpu"
     try:
         for record in args.bench(args):
-            if args.json is not None:
-                # Each at once: what comes later can fail.
-                with args.json.open("a") as out:
-                    out.write(json.dumps(more | record) + "\n")
+            worker.keep(args.json, more | record)
     except (OSError, RuntimeError) as error:
         print(f"bench_mm_prefix: {error}", file=sys.stderr)
         return 1

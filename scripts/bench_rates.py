@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scripts import demo, real_gemma4
+from scripts import demo, real_gemma4, worker
 from scripts.bench_engine import (
     IMAGE,
     SOFT_TOKENS,
@@ -641,9 +641,7 @@ def main(argv: list[str] | None = None) -> int:
             first = 1.0 if cuda else 0.25
             for record in measure(asked, args.rates, first, requests, run):
                 print(_line(record), flush=True)
-                if args.json is not None:
-                    with args.json.open("a") as out:
-                        out.write(json.dumps(about | record) + "\n")
+                worker.keep(args.json, about | record)
     except (OSError, RuntimeError) as error:
         print(f"bench_rates: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -392,9 +391,7 @@ def main(argv: list[str] | None = None) -> int:
         times = {r["tree"]: r["median"] for r in records if "median" in r}
         for record in records:
             show(name, record, times.get("unpatched", 0.0))
-        if args.json is not None:
-            with args.json.open("a") as out:
-                out.writelines(json.dumps(record) + "\n" for record in records)
+        worker.keep(args.json, *records)
 
     failures = {
         form: f"takes {need} GPU{'s' if need > 1 else ''}, there are {gpus or 'none'}"

@@ -124,6 +124,16 @@ class Process:
         self.process.wait()
 
 
+def keep(out: Path | None, *records: Mapping[str, Any]) -> None:
+    """Append records to a file of JSON lines, if there is one.
+
+    Each as soon as it is there: what comes later can fail.
+    """
+    if out is not None:
+        with out.open("a") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def at_once() -> int:
     """How many processes may load or prepare at a time: two cores each."""
     return max(1, len(os.sched_getaffinity(0)) // 2)

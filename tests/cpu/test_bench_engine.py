@@ -143,7 +143,10 @@ def test_requests_have_the_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_both_trees_run(tmp_path: Path) -> None:
+def test_both_trees_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It sets them where they are not: not for other tests.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     out = tmp_path / "out.jsonl"
     given = ["--kind", "e2b", "--layers", "1", "--repeat", "2", "--json", str(out)]
     assert bench_engine.main(["step", *given]) == 0

@@ -13,8 +13,13 @@ from scripts import bench_mm_prefix
 
 @pytest.mark.slow
 def test_builder_ran(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    # It sets them where they are not: not for other tests.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     out = tmp_path / "out.jsonl"
     assert bench_mm_prefix.main(["builder", "--repeat", "3", "--json", str(out)]) == 0
     cases: dict[str, dict[str, Any]] = {}

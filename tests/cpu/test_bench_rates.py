@@ -90,6 +90,7 @@ def test_server_options_are_options_of_vllm(
     options = bench_rates.server_options(path, 2, cuda)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
     assert args.api_server_count == 2
+    args.model = args.model_tag  # as ``vllm serve`` does
     engine = AsyncEngineArgs.from_cli_args(args)
     assert args.model_tag == path and engine.load_format == "dummy"
     assert engine.limit_mm_per_prompt["image"] == bench_rates.MOST_IMAGES
