@@ -74,7 +74,8 @@ def _media(
 
 def _batch(inputs: int, outputs: int, rows: int) -> list[str]:
     lengths = ["--input-len", str(inputs), "--output-len", str(outputs)]
-    few = ["--num-iters", "3", "--num-iters-warmup", "1"]
+    # The first turn is a warm-up already.
+    few = ["--num-iters", "3", "--num-iters-warmup", "0"]
     return [*lengths, "--batch-size", str(rows), *few]
 
 
@@ -106,8 +107,8 @@ def workloads(shrink: int) -> dict[str, tuple[str, list[str]]]:
         "15,872 in, 128 out": throughput(15872, 128, 8),
         "1,024 in, 1,024 out": throughput(1024, 1024, 32),
         "256 in, 256 out": throughput(256, 256, 128),
-        "chat, 1 image": media(64, 1, *IMAGE, 1),
-        "chat, 4 images": media(32, 4, *IMAGE, 1),
+        "chat, 1 image": media(32, 1, *IMAGE, 1),
+        "chat, 4 images": media(16, 4, *IMAGE, 1),
         "chat, 1 video": media(16, 1, *VIDEO),
         "first token of 4,096": latency(4096, 1, 1),
         "8,192 in, 128 out, alone": latency(8192, 128, 1),

@@ -28,6 +28,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,7 +292,7 @@ class Server:
 
 @contextlib.contextmanager
 def servers(forms: Sequence[str], options: Sequence[str]) -> Iterator[list[Server]]:
-    """Start a server of each form, one after the other; end them afterwards.
+    """Start a server of each form, as many at a time as have two cores each; end them.
 
     Args:
         forms: Keys of ``FORMS``.
@@ -300,15 +301,19 @@ def servers(forms: Sequence[str], options: Sequence[str]) -> Iterator[list[Serve
     Raises:
         RuntimeError: One ended, or is of another tree.
     """
+    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = [Server(name, folder) for name in forms]
-        for server in found:
+
+        def start(server: Server) -> None:
             print(f"starting the {server.name} server ...", flush=True)
-            begin = time.perf_counter()
             stack.callback(server.stop)
             server.start(options)
-            print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+            print(f"{server.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+        found = [Server(name, folder) for name in forms]
+        with ThreadPoolExecutor(worker.at_once()) as pool:
+            list(pool.map(start, found))
         yield found
 
 

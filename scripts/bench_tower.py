@@ -5,7 +5,7 @@ The release and each form of the patched tree have an engine in a process of its
 (``bench_encoder``), the same weights in all. They encode every batch by turns, in the
 one process and the others. Hugging Face's tower takes what the release's encoder got:
 as peers that are timed, and in float32 as what all features are compared with
-(``bench_peers``). ``--scale`` follows one axis instead.
+(``bench_peers``). ``--scale`` follows axes instead.
 """
 
 from __future__ import annotations
@@ -293,7 +293,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kind", choices=KINDS, default="26b")
     add("--layers", type=int, help="default: 1 on CPU, all on CUDA")
     add("--batch", choices=list(BATCHES), action="append")
-    add("--scale", choices=list(SCALES), help="follow this instead of batches")
+    help = f"follow these instead of batches, of {', '.join(SCALES)}"
+    add("--scale", type=words, default=[], help=help)
     add("--points", type=words, help="of --scale, separated by commas")
     add(
         "--repeat", type=int, help="most runs of a form (default: 3 on CPU, 21 on CUDA)"
@@ -367,16 +368,21 @@ def main(argv: list[str] | None = None) -> int:
 
     gpus = torch.cuda.device_count()
     forms = args.forms or (GPU_FORMS if gpus else CPU_FORMS)
-    points: Sequence[Any] = ()
     if args.scale:
         forms = args.forms or SCALE_FORMS
-        points = args.points or SCALES[args.scale][0 if gpus else 1]
     if unknown := set(forms) - (FORMS | PEERS).keys():
         parser.error(f"no form {', '.join(sorted(unknown))}")
+    if unknown := set(args.scale) - SCALES.keys():
+        parser.error(f"no axis {', '.join(sorted(unknown))}")
     # They would be timed with the items that are checked only.
     if args.scale and (args.batch or set(forms) & PEERS.keys()):
         parser.error("--scale has batches of its own, and no peers")
-    names = [f"{args.scale} {x}" for x in points] or args.batch
+    names = [
+        f"{axis} {x}"
+        for axis in args.scale
+        for x in args.points or SCALES[axis][0 if gpus else 1]
+    ]
+    names = names or args.batch
     names = names or [name for name in BATCHES if gpus or name not in SLOW_ON_CPU]
     dtype = args.dtype or ("bfloat16" if gpus else "float32")
     most = args.repeat or (21 if gpus else 3)
@@ -431,9 +437,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"{'batch':<15} {'tree':<10} {'median ms':>10} {'quartiles':>19}"
                 f" {'MiB':>7} {'error':>8} {'largest':>8} {'gain':>7}"
             )
-            axis = {"axis": args.scale} if args.scale else {}
             skipped = [
                 axis | {"kind": args.kind, "tree": form, "skipped": failures[form]}
+                for axis in [{"axis": axis} for axis in args.scale] or [{}]
                 for form in forms
                 if form in failures
             ]

@@ -139,28 +139,20 @@ def test_it_ran(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("axis", "points", "tokens"),
-    [("images", [1, 2, 4], [266, 532, 1064]), ("soft_tokens", [70, 140], [63, 130])],
-)
-def test_scale(
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    axis: str,
-    points: list[int],
-    tokens: list[int],
-) -> None:
+def test_scale(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_tower, "SCALE_CHECKED", 2)
-    given = ("--scale", axis, "--points", ",".join(map(str, points)))
+    monkeypatch.setitem(bench_encoder.SCALES, "soft_tokens", ((), (70, 140)))
+    given = ("--scale", "images,soft_tokens")
     status, records = run(*given, "--forms", "eager", "--repeat", "2")
     assert status == 0
     for tree in ("unpatched", "eager"):
         found = [record for record in records if record["tree"] == tree]
-        assert [r["x"] for r in found] == points
-        assert [r["soft_tokens"] for r in found] == tokens
+        assert [(r["axis"], r["x"], r["soft_tokens"]) for r in found] == [
+            *(("images", 1, 266), ("images", 2, 532), ("images", 4, 1064)),
+            *(("soft_tokens", 70, 63), ("soft_tokens", 140, 130)),
+        ]
         for record in found:
-            assert record["axis"] == axis and record["layers"] == 1
-            assert len(record["samples"]) == 2
+            assert record["layers"] == 1 and len(record["samples"]) == 2
             assert record["checked_items"] == min(record["items"], 2)
             assert 0 < record["error"] < 1e-4
 
