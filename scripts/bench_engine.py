@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -295,7 +296,8 @@ class Engine:
             was used before, the number of ``steps`` and each prompt's next token.
 
         Raises:
-            RuntimeError: Other tokens than those went through the model.
+            RuntimeError: Other tokens than those went through the model, or it repeats
+                the last ones of the prompts.
         """
         import torch
         from vllm import SamplingParams
@@ -310,6 +312,10 @@ class Engine:
         with self._timed(tower) as (steps, towers):
             outputs = self.llm.generate(requests, params, use_tqdm=False)
         most = torch.cuda.max_memory_allocated() if self.cuda else 0
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        last = [[request["prompt_token_ids"][-1]] for request in requests]
+        if answers == last:
+            raise RuntimeError("the model repeats what it is told, whatever attention")
         if not rows * tokens <= sum(size for size, _ in steps) <= rows * tokens + 1024:
             raise RuntimeError(f"no steps of {rows * tokens} tokens: {steps}")
         return {
@@ -317,8 +323,34 @@ class Engine:
             "tower": sum(towers),
             "mib": (most - before) / 2**20,
             "steps": len(steps),
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "tokens": answers,
         }
+
+    def _parsed(
+        self, bench: str, options: list[str], seed: int, out: str
+    ) -> tuple[Any, argparse.Namespace]:
+        """The module of one of vLLM's benchmarks, and its arguments."""
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        module = importlib.import_module(f"vllm.benchmarks.{bench}")
+        parser = FlexibleArgumentParser()
+        module.add_cli_args(parser)
+        given = [*options, "--model", self.config.model, "--disable-detokenize"]
+        given += ["--tokenizer", client(self.config.model), "--output-json", out]
+        given += ["--max-model-len", str(self.config.max_model_len)]
+        np.random.seed(seed)
+        return module, parser.parse_args([*given, "--seed", str(seed)])
+
+    def sample(self, options: list[str], seed: int) -> None:
+        """Make the requests of a workload of throughput, which takes seconds."""
+        from vllm.tokenizers import get_tokenizer
+
+        key = (*options, str(seed))
+        if key not in self.sampled:
+            module, args = self._parsed("throughput", options, seed, "")
+            module.validate_args(args)
+            tokenizer = get_tokenizer(args.tokenizer)
+            self.sampled = {key: module.get_requests(args, tokenizer)}
 
     def run(
         self, bench: str, options: list[str], seed: int, greedy: bool
@@ -330,11 +362,7 @@ class Engine:
             ``greedy`` run what was ``answered``.
         """
         import vllm
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        module = importlib.import_module(f"vllm.benchmarks.{bench}")
-        parser = FlexibleArgumentParser()
-        module.add_cli_args(parser)
         answered: list[list[int]] = []
 
         def greedily(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -348,31 +376,19 @@ class Engine:
 
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
+            out = f"{folder}/out.json"
+            module, args = self._parsed(bench, options, seed, out)
             make = lambda _: self.llm  # noqa: E731
             patch = mock.patch.object
             stack.enter_context(patch(vllm.LLM, "from_engine_args", make))
             if bench == "throughput":
-                # Long random texts take seconds to make.
-                key = (*options, str(seed))
-                sample = module.get_requests
-
-                def once(*args: Any) -> Any:
-                    if key not in self.sampled:
-                        self.sampled = {key: sample(*args)}
-                    return self.sampled[key]
-
-                stack.enter_context(patch(module, "get_requests", once))
+                self.sample(options, seed)
+                [sampled] = self.sampled.values()
+                known = lambda *_: sampled  # noqa: E731
+                stack.enter_context(patch(module, "get_requests", known))
             for name in ("generate", "chat") if greedy else ():
                 call = functools.partial(greedily, getattr(self.llm, name))
                 stack.enter_context(patch(self.llm, name, call))
-            out = f"{folder}/out.json"
-            given = [*options, "--model", self.config.model, "--disable-detokenize"]
-            given += ["--tokenizer", client(self.config.model)]
-            given += ["--max-model-len", str(self.config.max_model_len)]
-            np.random.seed(seed)
-            args = parser.parse_args(
-                [*given, "--seed", str(seed), "--output-json", out]
-            )
             module.main(args)
             found = json.loads(Path(out).read_text())
         if bench == "latency":
@@ -507,16 +523,32 @@ def serve(
     options: list[str],
     repeat: int,
 ) -> Iterator[Record]:
-    """Run a workload by turns."""
+    """Run a workload by turns.
+
+    Raises:
+        RuntimeError: Answers repeat a token, which attention does not matter for.
+    """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
     for turn in range(repeat + 1):
         # Texts are forgotten, but an image that was seen is processed already.
         seed = turn if "random-mm" in options else 0
+        if bench == "throughput":
+            with ThreadPoolExecutor(worker.at_once()) as pool:
+                made = [
+                    pool.submit(engine, "sample", options, seed)
+                    for engine in engines.values()
+                ]
+            for result in made:
+                result.result()
         for name in list(engines) if turn % 2 == 0 else list(engines)[::-1]:
             found = engines[name]("run", bench, options, seed, turn == 0)
             runs[name].append(found)
     unit = "tokens_per_second" if bench == "throughput" else "seconds"
     answered = {name: found[0].pop("answered") for name, found in runs.items()}
+    for name, texts in answered.items():
+        longer = [tokens for tokens in texts if len(tokens) > 1]
+        if longer and all(len(set(tokens)) == 1 for tokens in longer):
+            raise RuntimeError(f"{name} repeats one token: its answers say nothing")
     for name, found in runs.items():
         record: Record = {
             "workload": workload,

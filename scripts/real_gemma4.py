@@ -185,7 +185,10 @@ def fill(model: Any) -> None:
         torch.manual_seed(zlib.crc32(name.encode()))
         with torch.inference_mode():
             if value.ndim >= 2:
-                value.normal_(0, value.shape[-1] ** -0.5)
+                # One weight with two names: were it not small, each token would be
+                # followed by itself, whatever attention makes of it.
+                tied = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+                value.normal_(0, (0.02 if tied else 1.0) * value.shape[-1] ** -0.5)
             else:
                 # Attention is not scaled by the head size.
                 narrow = name.endswith(("q_norm.weight", "k_norm.weight"))

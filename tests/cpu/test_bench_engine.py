@@ -77,6 +77,15 @@ def test_serving_leaves_the_warm_up_out(images: bool) -> None:
     assert all(engine.seeds == seeds for engine in engines.values())
 
 
+def test_answers_that_repeat_a_token_are_refused() -> None:
+    engines: Any = {"patched": FakeEngine([[1, 1, 1], [2, 2, 2], [3]])}
+    with pytest.raises(RuntimeError, match="patched repeats one token"):
+        list(bench_engine.serve(engines, "a", "latency", [], 1))
+    # One alone can do that.
+    engines = {"patched": FakeEngine([[1, 1, 1], [2, 2, 1]])}
+    assert len(list(bench_engine.serve(engines, "a", "latency", [], 1))) == 1
+
+
 def test_agreement_is_of_the_same_requests() -> None:
     for found in ([], [[1]], [[1], [2, 3]]):
         with pytest.raises(RuntimeError, match="unlike numbers of tokens"):
