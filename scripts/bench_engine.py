@@ -76,7 +76,7 @@ def _media(
 def _batch(inputs: int, outputs: int, rows: int) -> list[str]:
     lengths = ["--input-len", str(inputs), "--output-len", str(outputs)]
     # The first turn is a warm-up already.
-    few = ["--num-iters", "3", "--num-iters-warmup", "0"]
+    few = ["--num-iters", "2", "--num-iters-warmup", "0"]
     return [*lengths, "--batch-size", str(rows), *few]
 
 
@@ -103,11 +103,11 @@ def workloads(shrink: int) -> dict[str, tuple[str, list[str]]]:
         return "throughput", _media(*lengths, each, (height, width, frames))
 
     return {
-        "4,096 in, 16 out": throughput(4096, 16, 32),
-        "8,192 in, 128 out": throughput(8192, 128, 16),
-        "15,872 in, 128 out": throughput(15872, 128, 8),
+        "4,096 in, 16 out": throughput(4096, 16, 16),
+        "8,192 in, 128 out": throughput(8192, 128, 8),
+        "15,872 in, 128 out": throughput(15872, 128, 4),
         "1,024 in, 1,024 out": throughput(1024, 1024, 32),
-        "256 in, 256 out": throughput(256, 256, 128),
+        "256 in, 256 out": throughput(256, 256, 64),
         "chat, 1 image": media(32, 1, *IMAGE, 1),
         "chat, 4 images": media(16, 4, *IMAGE, 1),
         "chat, 1 video": media(16, 1, *VIDEO),

@@ -174,7 +174,9 @@ def write_tokenizer(folder: Path) -> Path:
 def fill(model: Any) -> None:
     """Replace dummy weights, all but zero, by some that keep values of order one.
 
-    Else most layers see zeros, and all tokens go to the same experts.
+    Else most layers see zeros, and all tokens go to the same experts. A layer changes
+    what a token is by a tenth: if it replaced that, as random weights do, the least
+    rounding would decide which token is next, and no two kernels would agree.
     """
     import torch
 
@@ -185,10 +187,13 @@ def fill(model: Any) -> None:
         torch.manual_seed(zlib.crc32(name.encode()))
         with torch.inference_mode():
             if value.ndim >= 2:
-                # One weight with two names: were it not small, each token would be
-                # followed by itself, whatever attention makes of it.
-                tied = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-                value.normal_(0, (0.02 if tied else 1.0) * value.shape[-1] ** -0.5)
+                value.normal_(0, value.shape[-1] ** -0.5)
+            elif name.endswith("language_model.model.norm.weight"):
+                # The output layer has the embedding's weights: without signs every
+                # token would be followed by itself, whatever attention makes of it.
+                value.bernoulli_(0.5).mul_(2).sub_(1)
+            elif name.startswith("language_model.") and ".post_" in name:
+                value.fill_(0.1)
             else:
                 # Attention is not scaled by the head size.
                 narrow = name.endswith(("q_norm.weight", "k_norm.weight"))
