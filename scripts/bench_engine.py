@@ -408,29 +408,6 @@ class Engine:
         return result | ({"answered": answered} if greedy else {})
 
 
-def by_turns(
-    calls: Mapping[str, Callable[[], Any]], least: int, most: int, seconds: float
-) -> dict[str, list[Any]]:
-    """Call each in turn, who goes first alternates; return what they returned.
-
-    There are ``most`` turns, or ``least`` if ``seconds`` have passed.
-    """
-    found: dict[str, list[Any]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    for turn in range(most):
-        if turn >= least and time.perf_counter() - begin > seconds:
-            break
-        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
-            found[name].append(calls[name]())
-    return found
-
-
-def spread(samples: list[float]) -> dict[str, Any]:
-    """The median and quartiles of samples, with them."""
-    low, median, high = (float(x) for x in np.percentile(samples, [25, 50, 75]))
-    return {"median": median, "quartiles": [low, high], "samples": samples}
-
-
 Record = dict[str, Any]
 
 
@@ -442,8 +419,8 @@ def _prefills(
         name: functools.partial(engine, "prefill", *given)
         for name, engine in engines.items()
     }
-    by_turns(calls, 1, 1, 0)  # a warm-up
-    found = by_turns(calls, 5, repeat, seconds)
+    worker.by_turns(calls, 1)  # a warm-up
+    found = worker.by_turns(calls, 5, repeat, seconds)
     tokens = {name: runs[0]["tokens"] for name, runs in found.items()}
     expected = tokens.get(REFERENCE)
     return {
@@ -476,7 +453,7 @@ def bench_step(
             }
             for variant, samples in parts.items():
                 record: Record = {"case": case, "tree": name, "variant": variant}
-                record |= spread(samples)
+                record |= worker.spread(samples)
                 if same is not None and variant in ("text", "images"):
                     record["agreement"] = same_text if variant == "text" else same
                 yield record
@@ -499,7 +476,7 @@ def bench_scaling(
         found = _prefills(engines, args.repeat, args.seconds, 1, tokens, images, False)
         for name, (runs, same) in found.items():
             record = {"axis": axis, "x": x, "tree": name, "images": images}
-            record |= spread([run["model"] / 1e3 for run in runs])
+            record |= worker.spread([run["model"] / 1e3 for run in runs])
             record["mib"] = max(run["mib"] for run in runs)
             record["prompt"], record["steps"] = tokens, runs[0]["steps"]
             if same is not None:
@@ -557,7 +534,7 @@ def serve(
             "unit": unit,
         }
         samples = {key: [run[key] for run in found[1:]] for key in found[0]}
-        record |= spread(samples[unit]) | {"samples": samples}
+        record |= worker.spread(samples[unit]) | {"samples": samples}
         if REFERENCE in engines:
             record["agreement"] = agreement(answered[name], answered[REFERENCE])
         yield record

@@ -319,21 +319,6 @@ class Batch:
         return errors
 
 
-def by_turns(runs: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, Any]:
-    """Samples [repeat, ...] of what each run returns, called one after the other.
-
-    A GPU's clock falls as it gets hot: no run has a time to itself, none is always
-    the first.
-    """
-    names = list(runs)
-    samples: dict[str, list[Any]] = {name: [] for name in names}
-    for turn in range(repeat):
-        first = turn % max(len(names), 1)
-        for name in names[first:] + names[:first]:
-            samples[name].append(runs[name]())
-    return {name: np.array(values) for name, values in samples.items()}
-
-
 def report(case: str, variant: str, samples: Any, **more: Any) -> dict[str, Any]:
     """Print median and spread of samples with what else there is; return a record."""
     low, median, high = (float(x) for x in np.percentile(samples, [10, 50, 90]))
@@ -422,11 +407,11 @@ def measure_layer(batch: Batch, plans: Sequence[Plan], repeat: int) -> list[Any]
             print(f"  {name:<20} skipped: {reason}", flush=True)
         if (seconds := time.perf_counter() - begin) > 5:
             print(f"  {name:<20} ready after {seconds:.0f} s", flush=True)
-    by_turns(runs, 3)
+    worker.by_turns(runs, 3)
     records: list[Any] = []
     floors: dict[str, float] = {}
-    for name, times in by_turns(runs, repeat).items():
-        gpu, host = times.T / calls
+    for name, times in worker.by_turns(runs, repeat).items():
+        gpu, host = np.array(times).T / calls
         median = float(np.median(gpu))
         kind, form = name.split()
         if form == "floor":
@@ -545,8 +530,8 @@ def bench_builder(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(f"\n{case.name}: {batch.tokens} tokens, us on the host", flush=True)
         timed = {k: run(first_time, call, case.requests) for k, call in finds.items()}
         timed |= {name: run(_host_time, call) for name, call in runs.items()}
-        by_turns(timed, 5)
-        for name, samples in by_turns(timed, args.repeat).items():
+        worker.by_turns(timed, 5)
+        for name, samples in worker.by_turns(timed, args.repeat).items():
             yield report(case.name, name, samples)
         batch.config.compilation_config.static_forward_context.clear()
 

@@ -36,6 +36,7 @@ import numpy as np
 
 from scripts import demo, real_gemma4, worker
 from scripts.bench_engine import (
+    FORMS,
     IMAGE,
     SOFT_TOKENS,
     attention_layers,
@@ -44,11 +45,6 @@ from scripts.bench_engine import (
 )
 from scripts.worker import ROOT
 
-FORMS = {  # attention backend, and whether the tree is the release's
-    "release": ("", True),
-    "patched": ("", False),
-    "triton": ("TRITON_ATTN", True),
-}
 IMAGE_TOKENS = SOFT_TOKENS + 2  # with those for its begin and end
 MOST_IMAGES = 4
 KEEPS_UP = 0.9  # of the requests, see ``pace``
@@ -149,10 +145,10 @@ class Server:
     """``vllm serve`` of one tree, its processes and its log."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        """Of a form, a key of ``FORMS``; the folder is for its log and sockets."""
+        """Of one of ``bench_engine.FORMS``; the folder is for its log and sockets."""
         from scripts import unpatched
 
-        self.backend, is_release = FORMS[name]
+        self.options, is_release = FORMS[name]
         self.tree = unpatched.unpatched_tree() if is_release else None
         self.name, self.folder, self.log = name, folder, folder / f"{name}.log"
         # Nobody else's server answers to this name.
@@ -171,8 +167,7 @@ class Server:
             RuntimeError: It ended, or is not of the form's tree or backend.
         """
         given = [*options, "--served-model-name", self.model, "--host", HOST]
-        if self.backend:
-            given += ["--attention-backend", self.backend]
+        given += ["--attention-config", json.dumps(self.options)]
         # Another process can take a port that was free.
         for _ in range(3):
             self._launch(given)
@@ -238,7 +233,8 @@ class Server:
             is_right = False
         if not is_right or about["patched"] is bool(self.tree):
             raise RuntimeError(f"{tree} is not the tree of the {self.name} server")
-        is_right = all(self.backend in layer for layer in self.attention)
+        backend = self.options.get("backend", "")
+        is_right = all(backend in layer for layer in self.attention)
         if not is_right or not self.attention:
             raise RuntimeError(f"{self.name} has attention {self.attention}")
         print(f"{self.name}: vLLM from {tree}; {'; '.join(self.attention)}")
@@ -295,7 +291,7 @@ def servers(forms: Sequence[str], options: Sequence[str]) -> Iterator[list[Serve
     """Start a server of each form, as many at a time as have two cores each; end them.
 
     Args:
-        forms: Keys of ``FORMS``.
+        forms: Of ``bench_engine.FORMS``.
         options: Of ``vllm serve``, the model first.
 
     Raises:

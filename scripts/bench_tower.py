@@ -200,8 +200,8 @@ def measure(
 
     Returns:
         By ``tree``: ``items`` and ``soft_tokens`` of the batch and how many
-        ``checked_items``, ``median``, ``quartiles`` and all ``seconds``, the most
-        ``mib`` and ``peak_mib`` of a run, ``error`` and ``max_error``, and of the
+        ``checked_items``, ``median``, ``quartiles`` and ``samples`` of the seconds, the
+        most ``mib`` and ``peak_mib`` of a run, ``error`` and ``max_error``, and of the
         patched tree its ``attention``; or why it was ``skipped``.
 
     Raises:
@@ -230,20 +230,16 @@ def measure(
         if died := [run["skipped"] for run in runs if "skipped" in run]:
             records.append({"tree": name, "skipped": died[0]})
             continue
-        times = [run["seconds"] for run in runs]
-        low, median, high = np.percentile(times, [25, 50, 75])
         features = load(folder / f"{name}.npz")
         record = {
             "tree": name,
             "items": len(lengths),
             "soft_tokens": sum(lengths),
             "checked_items": len(items),
-            "median": float(median),
-            "quartiles": [float(low), float(high)],
+            **worker.spread([run["seconds"] for run in runs]),
             "mib": max(run["mib"] for run in runs),
             "peak_mib": max(run["peak_mib"] for run in runs),
             **errors([features[item] for item in items], reference),
-            "seconds": times,
         }
         if attention := answers[name].get("attention"):
             record["attention"] = attention
@@ -254,10 +250,7 @@ def measure(
 def scaled(record: dict[str, Any], name: str) -> dict[str, Any]:
     """A record of ``measure`` as one of the level of scaling."""
     axis, _, x = name.partition(" ")
-    record = {"axis": axis, "x": int(x)} | record
-    if "seconds" in record:
-        record["samples"] = record.pop("seconds")
-    return record
+    return {"axis": axis, "x": int(x)} | record
 
 
 def show(name: str, record: dict[str, Any], release: float) -> None:

@@ -261,7 +261,7 @@ def sampled(records: Iterable[Record], what: str = "samples") -> list[str]:
     """
     found: set[int] = set()
     for record in records:
-        of_record = [record.get(key) for key in ("samples", "seconds", "ttfts")]
+        of_record = [record.get(key) for key in ("samples", "ttfts")]
         # Of vLLM's own benchmarks they are by what was measured.
         lists = [
             next(iter(s.values()), None) if isinstance(s, dict) else s

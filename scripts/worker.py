@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -180,3 +183,32 @@ def engines(
         with ThreadPoolExecutor(at_once()) as pool:
             started = dict(zip(arguments, pool.map(start, arguments), strict=True))
         yield {name: process for name, process in started.items() if process}
+
+
+def by_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    least: int,
+    most: int = 0,
+    seconds: float = math.inf,
+) -> dict[str, list[Any]]:
+    """Call each in turn and return what they returned, by name.
+
+    A GPU's clock falls as it gets hot: no call has a time to itself, none is always
+    the first. There are ``most`` turns, or ``least`` if ``seconds`` have passed.
+    """
+    names = list(calls)
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for turn in range(max(least, most)):
+        if turn >= least and time.perf_counter() - begin > seconds:
+            break
+        first = turn % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            found[name].append(calls[name]())
+    return found
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """The median and quartiles of samples, with them."""
+    low, median, high = (float(x) for x in np.percentile(samples, [25, 50, 75]))
+    return {"median": median, "quartiles": [low, high], "samples": list(samples)}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine benchmark: what it asks of vLLM, and what it makes of the answers."""
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from scripts import bench_engine, real_gemma4
+from scripts import bench_engine, real_gemma4, worker
 
 
 @pytest.mark.parametrize("shrink", [1, 64, 100_000])
@@ -95,9 +96,20 @@ def test_agreement_is_of_the_same_requests() -> None:
 @pytest.mark.parametrize(("least", "seconds", "turns"), [(2, 0, 2), (2, 60, 5)])
 def test_turns(least: int, seconds: float, turns: int) -> None:
     order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    bench_engine.by_turns(calls, least, 5, seconds)
-    assert "".join(order) == "abba" * (turns // 2) + "ab" * (turns % 2)
+
+    def note(name: str) -> str:
+        order.append(name)
+        return name
+
+    calls = {name: functools.partial(note, name) for name in "abc"}
+    found = worker.by_turns(calls, least, 5, seconds)
+    assert "".join(order) == "abcbcacababcbca"[: 3 * turns]
+    assert found == {name: [name] * turns for name in "abc"}
+
+
+def test_turns_without_a_limit() -> None:
+    assert worker.by_turns({"a": lambda: 1}, 3) == {"a": [1, 1, 1]}
+    assert worker.by_turns({}, 3) == {}
 
 
 @pytest.mark.parametrize("kind", real_gemma4.TEXTS)

@@ -114,9 +114,9 @@ def test_records(batches: Records) -> None:
         about = {"kind": "26b", "layers": 1, "dtype": "float32", "device": "cpu"}
         assert about.items() <= record.items()
         assert record["checked_items"] == record["items"]
-        assert len(record["seconds"]) == 3
+        assert len(record["samples"]) == 3
         low, high = record["quartiles"]
-        assert min(record["seconds"]) <= low <= record["median"] <= high
+        assert min(record["samples"]) <= low <= record["median"] <= high
         assert 0 <= record["mib"] < record["peak_mib"]
         # Float32 rounds: not nothing, not much.
         assert 0 < record["error"] < 1e-4
@@ -210,7 +210,7 @@ def test_turns(tmp_path: Path) -> None:
     """All run so often, but what takes long no more than it must."""
     found = fakes(unpatched=Fake(seconds=5.0), compiled=Fake(1.5, seconds=0.5))
     records = measure(bench_tower.Group(found), tmp_path)  # type: ignore[arg-type]
-    assert {r["tree"]: len(r["seconds"]) for r in records} == {
+    assert {r["tree"]: len(r["samples"]) for r in records} == {
         "unpatched": 2,
         "compiled": 4,
         "hf-sdpa": 3,

@@ -467,20 +467,18 @@ def test_the_step_of_the_most_layers_is_in_short(order: int) -> None:
 
 
 def test_how_many_samples() -> None:
-    def said(job: str, *samples: Any, key: str = "samples") -> list[str]:
+    def said(job: str, *samples: Any) -> list[str]:
         records = [record for record in jobs()[job] if "skipped" not in record]
         for record in records:
             record.pop("samples", None)
         for record, value in zip(records, samples, strict=False):
-            record[key] = value
+            record["samples"] = value
         return re.findall(r"(?m)^\d.* each[.]$", text_of(lines_of({job: records})))
 
     assert said("layer A") == []
     assert said("layer A", [1.0] * 30, [1.0] * 30) == ["30 samples each."]
     assert said("host", [1.0] * 50) == ["50 samples each."]
-    assert said("tower 26b", [1.0] * 4, [1.0] * 1021, key="seconds") == [
-        "4 to 1,021 samples each."
-    ]
+    assert said("tower 26b", [1.0] * 4, [1.0] * 1021) == ["4 to 1,021 samples each."]
     assert said("step 31b", [1.0] * 2, [1.0] * 9) == ["2 to 9 samples each."]
     assert said("scaling images", [1.0] * 5) == ["5 samples each."]
     assert said("serving 31b", {"seconds": [1.0] * 3}) == ["3 samples each."]
