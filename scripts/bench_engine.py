@@ -40,6 +40,7 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
     "fa3": ({"backend": "FLASH_ATTN", "flash_attn_version": 3}, False),
 }
 REFERENCE = "triton"  # what greedy tokens are held against
+LIKELY = 20  # tokens whose log probabilities are
 IMAGE = (672, 960)  # height and width: 280 soft tokens, 282 with begin and end
 SOFT_TOKENS = 280
 VIDEO = (336, 480, 16)  # and frames: 70 soft tokens each
@@ -141,7 +142,7 @@ def agreement(found: list[list[int]], expected: list[list[int]]) -> dict[str, in
 
 
 def _text(tokens: int, seed: int) -> list[int]:
-    ids: list[int] = np.random.default_rng(seed).integers(300, 350, tokens).tolist()
+    ids: list[int] = np.random.default_rng(seed).integers(300, 10000, tokens).tolist()
     return ids
 
 
@@ -293,7 +294,8 @@ class Engine:
 
         Returns:
             Milliseconds of the ``model`` and of the ``tower``, MiB of memory above what
-            was used before, the number of ``steps`` and each prompt's next token.
+            was used before, the number of ``steps``, each prompt's next token and the
+            ``logprobs`` of the likeliest ones.
 
         Raises:
             RuntimeError: Other tokens than those went through the model, or it repeats
@@ -303,7 +305,9 @@ class Engine:
         from vllm import SamplingParams
 
         requests = self.requests(rows, tokens, images)
-        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        params = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, logprobs=LIKELY
+        )
         self.llm.llm_engine.engine_core.reset_encoder_cache()
         before = 0
         if self.cuda:
@@ -324,6 +328,10 @@ class Engine:
             "mib": (most - before) / 2**20,
             "steps": len(steps),
             "tokens": answers,
+            "logprobs": [
+                {token: found.logprob for token, found in first.items()}
+                for first in (output.outputs[0].logprobs[0] for output in outputs)
+            ],
         }
 
     def _parsed(
@@ -411,22 +419,50 @@ class Engine:
 Record = dict[str, Any]
 
 
+def nats(
+    found: list[dict[str, float]], expected: list[dict[str, float]]
+) -> float | None:
+    """The largest difference of log probabilities, of tokens that both list.
+
+    Args:
+        found: Log probabilities by token, those of a request a dictionary.
+        expected: The same requests'.
+
+    Returns:
+        None if no token is in both lists of a request.
+    """
+    differences = [
+        abs(ours[token] - theirs[token])
+        for ours, theirs in zip(found, expected, strict=True)
+        for token in ours.keys() & theirs.keys()
+    ]
+    return max(differences, default=None)
+
+
+Runs = list[dict[str, Any]]
+Prefill = tuple[int, int, int, bool]  # what ``Engine.prefill`` takes
+
+
 def _prefills(
-    engines: Mapping[str, Process], repeat: int, seconds: float, *given: Any
-) -> dict[str, tuple[list[dict[str, Any]], dict[str, int] | None]]:
-    """Runs of a prefill by engine, and the agreement of its tokens."""
+    engines: Mapping[str, Process], args: argparse.Namespace, *given: Prefill
+) -> dict[str, list[tuple[Runs, dict[str, Any] | None]]]:
+    """Runs of prefills by turns, and the agreement of their tokens, by engine."""
     calls = {
-        name: functools.partial(engine, "prefill", *given)
+        (name, i): functools.partial(engine, "prefill", *prefill)
+        for i, prefill in enumerate(given)
         for name, engine in engines.items()
     }
     worker.by_turns(calls, 1)  # a warm-up
-    found = worker.by_turns(calls, 5, repeat, seconds)
-    tokens = {name: runs[0]["tokens"] for name, runs in found.items()}
-    expected = tokens.get(REFERENCE)
-    return {
-        name: (runs, None if expected is None else agreement(tokens[name], expected))
-        for name, runs in found.items()
-    }
+    found = worker.by_turns(calls, 5, args.repeat, args.seconds * len(given))
+    results: dict[str, list[tuple[Runs, dict[str, Any] | None]]] = {}
+    for (name, i), runs in found.items():
+        same: dict[str, Any] | None = None
+        if REFERENCE in engines:
+            ours, theirs = runs[0], found[REFERENCE, i][0]
+            same = {**agreement(ours["tokens"], theirs["tokens"])}
+            same["nats"] = nats(ours["logprobs"], theirs["logprobs"])
+        results.setdefault(name, []).append((runs, same))
+    return results
 
 
 def bench_step(
@@ -436,15 +472,13 @@ def bench_step(
     steps = STEPS if args.shrink == 1 else [(1, 600, 2)]
     for rows, tokens, images in steps:
         case = f"{rows} x {tokens:,}, {images} images" + (" each" if rows > 1 else "")
-        shape = (rows, tokens)
-        given = (engines, args.repeat, args.seconds, *shape)
-        text = _prefills(*given, 0, False)
+        given = [(rows, tokens, 0, False), (rows, tokens, images, False)]
+        apart = _prefills(engines, args, *given)
         # Behind the tower's matrix products the GPU's clock is lower for a while.
-        mixed = _prefills(*given, images, False)
-        whole = _prefills(*given, images, True)
+        whole = _prefills(engines, args, (rows, tokens, images, True))
         for name in engines:
-            (of_text, same_text), (of_mixed, same) = text[name], mixed[name]
-            of_whole, _ = whole[name]
+            (of_text, same_text), (of_mixed, same) = apart[name]
+            [(of_whole, _)] = whole[name]
             parts = {
                 "text": [run["model"] for run in of_text],
                 "images": [run["model"] for run in of_mixed],
@@ -473,8 +507,8 @@ def bench_scaling(
         images = round(share * tokens / (SOFT_TOKENS + 2))
         if share:
             images = min(max(images, 1), (tokens - 1) // (SOFT_TOKENS + 2))
-        found = _prefills(engines, args.repeat, args.seconds, 1, tokens, images, False)
-        for name, (runs, same) in found.items():
+        found = _prefills(engines, args, (1, tokens, images, False))
+        for name, [(runs, same)] in found.items():
             record = {"axis": axis, "x": x, "tree": name, "images": images}
             record |= worker.spread([run["model"] / 1e3 for run in runs])
             record["mib"] = max(run["mib"] for run in runs)
@@ -490,7 +524,7 @@ def bench_serving(
     """Run vLLM's benchmarks; the first run of each is a greedy one, and not timed."""
     known = workloads(args.shrink)
     for name in args.workloads or known:
-        yield from serve(engines, name, *known[name], args.repeat)
+        yield from serve(engines, name, *known[name], args.repeat, args.seconds)
 
 
 def serve(
@@ -499,16 +533,27 @@ def serve(
     bench: str,
     options: list[str],
     repeat: int,
+    seconds: float,
 ) -> Iterator[Record]:
-    """Run a workload by turns.
+    """Run a workload by turns, after a greedy one as a warm-up.
+
+    Images have a second one. There are three turns that count, and more up to
+    ``repeat`` until ``seconds`` have passed.
 
     Raises:
         RuntimeError: Answers repeat a token, which attention does not matter for.
     """
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
-    for turn in range(repeat + 1):
+    has_images = "random-mm" in options
+    warm_ups = 2 if has_images else 1
+    runs: dict[str, Runs] = {name: [] for name in engines}
+    begin = 0.0
+    for turn in range(warm_ups + max(repeat, 3)):
+        if turn == warm_ups:
+            begin = time.perf_counter()
+        if turn >= warm_ups + 3 and time.perf_counter() - begin > seconds:
+            break
         # Texts are forgotten, but an image that was seen is processed already.
-        seed = turn if "random-mm" in options else 0
+        seed = turn if has_images else 0
         if bench == "throughput":
             with ThreadPoolExecutor(worker.at_once()) as pool:
                 made = [
@@ -517,23 +562,27 @@ def serve(
                 ]
             for result in made:
                 result.result()
-        for name in list(engines) if turn % 2 == 0 else list(engines)[::-1]:
+        for name in worker.rotated(engines, turn):
             found = engines[name]("run", bench, options, seed, turn == 0)
             runs[name].append(found)
     unit = "tokens_per_second" if bench == "throughput" else "seconds"
+    count = "--num-prompts" if bench == "throughput" else "--batch-size"
+    prompts = int(options[options.index(count) + 1])
     answered = {name: found[0].pop("answered") for name, found in runs.items()}
     for name, texts in answered.items():
         longer = [tokens for tokens in texts if len(tokens) > 1]
-        if longer and all(len(set(tokens)) == 1 for tokens in longer):
+        alike = sum(len(set(tokens)) == 1 for tokens in longer)
+        if longer and 2 * alike > len(longer):
             raise RuntimeError(f"{name} repeats one token: its answers say nothing")
     for name, found in runs.items():
         record: Record = {
             "workload": workload,
             "bench": bench,
+            "prompts": prompts,
             "tree": name,
             "unit": unit,
         }
-        samples = {key: [run[key] for run in found[1:]] for key in found[0]}
+        samples = {key: [run[key] for run in found[warm_ups:]] for key in found[0]}
         record |= worker.spread(samples[unit]) | {"samples": samples}
         if REFERENCE in engines:
             record["agreement"] = agreement(answered[name], answered[REFERENCE])
@@ -630,10 +679,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workloads", type=lambda text: text.split(";"), help=help)
     help = "divide lengths and prompts by this (default: 1, 64 on CPU)"
     parser.add_argument("--shrink", type=int, help=help)
-    help = "runs of each (default: 3 of a workload, 9 of a prefill)"
+    help = "most runs of each (default: 7 of a workload, 9 of a prefill)"
     parser.add_argument("--repeat", type=int, help=help)
-    help = "after so long a prefill has no more runs, but five (default: 6)"
-    parser.add_argument("--seconds", type=float, default=6, help=help)
+    help = "after so long there are no more runs, but five of a prefill and three of a"
+    help += " workload (default: 15 of a workload, 6 of a prefill)"
+    parser.add_argument("--seconds", type=float, help=help)
     help = f"of {', '.join(FORMS)} (default: the first three, on CPU two of them)"
     parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
     parser.add_argument("--json", type=Path, help="append the records to this file")
@@ -659,7 +709,9 @@ def main(argv: list[str] | None = None) -> int:
 
     cuda = torch.cuda.is_available()
     args.shrink = args.shrink or (1 if cuda else 64)
-    args.repeat = args.repeat or (3 if args.level == "serving" else 9)
+    args.repeat = args.repeat or (7 if args.level == "serving" else 9)
+    if args.seconds is None:
+        args.seconds = 15 if args.level == "serving" else 6
     forms = args.forms or (list(FORMS)[:3] if cuda else ["release", "patched"])
     unknown = set(forms) - set(FORMS)
     unknown |= set(args.workloads or ()) - set(workloads(1))

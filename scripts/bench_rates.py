@@ -350,8 +350,8 @@ def saturated(record: Mapping[str, Any], unloaded_ms: float) -> bool:
 
     Args:
         record: Of that server and rate.
-        unloaded_ms: The median time to the first token at the lowest rate, milliseconds
-            of the slowest server: one limit for all of them.
+        unloaded_ms: The shortest median time to the first token at any rate, in
+            milliseconds, of the slowest server: one limit for all of them.
     """
     waits = record["median_ttft_ms"] > SLOW * unloaded_ms
     return bool(record["failed"] or record["pace"] < KEEPS_UP or waits)
@@ -477,7 +477,7 @@ def measure(
     """
     reached = {server.name: first for server in asked}
     over: set[str] = set()
-    unloaded = 0.0
+    shortest: dict[str, float] = {}
 
     def rising() -> Iterator[float]:
         for power in itertools.count():
@@ -504,9 +504,11 @@ def measure(
             name, throughput = record["tree"], record["request_throughput"]
             reached[name] = max(reached[name], throughput)
         if math.isfinite(rate):
-            unloaded = unloaded or max(record["median_ttft_ms"] for record in records)
             for record in records:
-                record["saturated"] = saturated(record, unloaded)
+                name, wait = record["tree"], record["median_ttft_ms"]
+                shortest[name] = min(wait, shortest.get(name, math.inf))
+            for record in records:
+                record["saturated"] = saturated(record, max(shortest.values()))
                 if record["saturated"]:
                     over.add(record["tree"])
         yield from records

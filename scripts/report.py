@@ -105,8 +105,11 @@ def agreement(found: Record | None) -> list[str]:
     """Return two cells: first tokens, and tokens before the first difference."""
     if not found:
         return ["-", "-"]
+    first = f"{found['first']:,} of {found['requests']:,}"
+    if found.get("nats") is not None:
+        first += f", {found['nats']:.3f} nats"
     return [
-        f"{found['first']:,} of {found['requests']:,}",
+        first,
         f"{found['equal']:,} of {found['tokens']:,}",
     ]
 
@@ -135,7 +138,9 @@ def summary(device: Device) -> list[str]:
         "",
         *prose("""
             Medians with quartiles; all of it with the commands is below. The tower is
-            not compiled unless it says so, which the release's cannot be.
+            not compiled unless it says so, which the release's cannot be. Where the
+            language model has fewer layers than the whole one, the tower weighs more,
+            and so does what it gains.
         """),
         *table(["", "release", "patched", "gain"], rows.values()),
     ]
@@ -201,15 +206,16 @@ def _rates_in_short(device: Device) -> list[list[str]]:
         shared = [rate for rate in trees[0] if rate in trees[1]]
         if None in shared:
             totals = (tree[None]["output_throughput"] for tree in trees)
-            rows.append(_more(f"{what}, all at once", "tok/s", *totals))
+            rows.append(_more(f"{what}, all at once", "tok/s of answers", *totals))
         best = [kept(tree.values()) for tree in trees]
         if best[0] is not None and best[1] is not None:
             cells = [f"{rate:g} req/s" for rate in best]
             # Each is twice the one before: their ratio says little.
             rows.append([f"{what}: highest rate kept", *cells, "-"])
         if offered := [rate for rate in shared if rate is not None]:
-            # The highest that the release can take.
-            rate = best[0] if best[0] in offered else min(offered)
+            # The highest that both can take.
+            both = [rate for rate in best if rate is not None and rate in offered]
+            rate = min(both) if len(both) == len(best) else min(offered)
             waits = (first_token(tree[rate]) for tree in trees)
             rows.append(_gain(f"{what}: first token at {rate:g} req/s", "ms", *waits))
     return rows
@@ -414,11 +420,14 @@ def step(device: Device) -> list[str]:
         "",
         *prose("""
             A prefill with dummy weights in so many layers of the real widths: medians
-            with quartiles. The language model is timed on text alone and with images,
-            the tower apart from it. *Release, Triton* is the release on that backend,
-            *patched, FA3 and FA4* the patched tree with FA3 for the heads that it has.
-            The engines run eager, without compilation and graphs: a long prefill is as
-            fast.
+            with quartiles. Each time is of one call from an idle GPU until it is idle
+            again: of the language model on text alone and with images, whose features
+            are random then, and of both, the tower first. Scheduling, preparing images,
+            attention's metadata, logits and sampling are not in it. *Release, Triton*
+            is the release on that backend, *patched, FA3 and FA4* the patched tree with
+            FA3 for the heads that it has. The engines run eager, without compilation
+            and graphs. Behind the tokens, nats are the largest difference of log
+            probabilities from those on Triton, of the likeliest tokens.
         """),
         *figures(device, "step"),
         *lines,
@@ -439,14 +448,17 @@ def serving(device: Device) -> list[str]:
                 if "release" in trees:
                     base, _ = of_bench(trees["release"])
                     ratio = found.over(base) if unit == "tok/s" else base.over(found)
-                    gain = f"{ratio.median:.2f}"
+                    gain = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+                    gain = "-" if tree == "release" else gain
                 rows.append(
                     [
-                        *(workload, ENGINE_FORMS.get(tree, tree), f"{found} {unit}"),
+                        *(workload, str(trees[tree].get("prompts", "-"))),
+                        *(ENGINE_FORMS.get(tree, tree), f"{found} {unit}"),
                         *(gain, *agreement(trees[tree].get("agreement"))),
                     ]
                 )
-        heads = ["workload", "tree", "median", "times as good as the release"]
+        heads = ["workload", "prompts", "tree", "median"]
+        heads += ["times as good as the release"]
         heads += ["first tokens", "tokens"]
         about = [*title, *sampled(records), *attention(records)]
         lines += [*about, *table(heads, rows)]
@@ -459,7 +471,10 @@ def serving(device: Device) -> list[str]:
             vLLM's own benchmarks of throughput, in tokens of prompts and answers a
             second, and of latency: medians with quartiles, all trees by turns. Prompts
             of text are the same in every run, for there is no prefix caching; images
-            are new. Dummy weights in so many layers of the real widths.
+            are new. Dummy weights in so many layers of the real widths: with fewer than
+            the whole model's the tower and the host weigh more. Texts for throughput
+            are of some ninety unlike tokens, and the language model gets noise for a
+            tower's features, which random weights make too much alike.
         """),
         *figures(device, "serving"),
         *lines,
@@ -505,8 +520,10 @@ def rates(device: Device) -> list[str]:
             last all at once. TTFT is the time to the first token, median with
             quartiles; TPOT that of each one after it, median. A rate is kept by a
             server that it does not saturate: no request fails, answers come about as
-            fast as requests, and the wait for the first token is no multiple of what it
-            is at the lowest rate (`saturated` in scripts/bench_rates.py).
+            fast as requests, the median wait for the first token is at most five times
+            the shortest, and with more to do it has answered as many (`saturated` in
+            scripts/bench_rates.py). There is one run of each: quartiles are of its
+            requests.
         """),
         *figures(device, "rates"),
         *lines,
@@ -545,7 +562,7 @@ def scaling(device: Device) -> list[str]:
             *commands(device, [run]),
             *sampled(records),
             *_points(records, names),
-            *(_powers(records, names) if axis != "image_share" else []),
+            *(_powers(records, names, is_tower) if axis != "image_share" else []),
         ]
     skips = skipped(device.runs("scaling"), TOWER_FORMS | ENGINE_FORMS)
     if not lines:
@@ -596,15 +613,19 @@ def _points(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
     return table(heads, rows)
 
 
-def _powers(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
+def _powers(
+    records: Sequence[Record], names: Mapping[str, str], has_memory: bool
+) -> list[str]:
     """How each tree grows along an axis, in words."""
     lines = []
     for form in known(names, records):
         own = [record for record in records if record["tree"] == form]
         said = []
+        sizes = [(r["x"], m) for r in own if (m := memory(r)) is not None]
         for part, points in (
             ("time", [(r["x"], r["median"]) for r in own]),
-            ("memory", [(r["x"], m) for r in own if (m := memory(r)) is not None]),
+            # Of an engine it is that of a chunk, and its KV cache is there before.
+            ("memory", sizes if has_memory else []),
         ):
             if found := fit(points):
                 said.append(f"{part} {found.words} (exponent {found.exponent:.2f})")
@@ -656,13 +677,16 @@ def write(devices: Sequence[Device]) -> str:
             The release as it is and with the series, on the same inputs and weights; in
             engines on the same weights of the language model only, for the towers'
             parameters have other names. `make bench` measures, `make report` wrote this
-            from what it kept; see [Measuring](maintaining.md#measuring).
+            from what it kept; see [Measuring](maintaining.md#measuring). In the place
+            of quartiles, fewer than five samples have the lowest and the highest.
         """),
         *prose("""
             Greedy tokens are held against those of the release on Triton: how many
             requests begin with the same token, and how many tokens are the same before
             the first that is not. Weights are random, so that two tokens are often as
-            good as tied and rounding decides; what follows is another text then.
+            good as tied and rounding decides; what follows is another text then. A dash
+            is where they were not compared. That answers are right is for `make test`
+            to say, which holds them against Hugging Face's in float32.
         """),
     ]
     for device in devices:
@@ -673,7 +697,7 @@ def write(devices: Sequence[Device]) -> str:
             jobs = ", ".join(device.dropped)
             lines += [f"Only an older tree has results of: {jobs}.", ""]
         if jobs := ", ".join(device.other_code):
-            lines += [f"Made by other code of the benchmarks: {jobs}.", ""]
+            lines += [f"Made by earlier code of the benchmarks: {jobs}.", ""]
         if jobs := ", ".join(missing(device)):
             lines += [f"Not measured here yet: {jobs}.", ""]
         for section in SECTIONS:

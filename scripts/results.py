@@ -62,6 +62,8 @@ AXES = {
     "context": ("tokens of context", False),
     "image_share": ("share of images in the context", False),
 }
+# So many samples have quartiles; the range of fewer is that of all of them.
+FEW = 5
 # Up to here the exponent of a power is called so.
 GROWTH = (
     (-0.1, "falls"),
@@ -134,15 +136,13 @@ class Device:
 
     @property
     def other_code(self) -> list[str]:
-        """The jobs that other benchmarks ran than the newest run of their level."""
-        found = []
-        for job, run in self.jobs.items():
-            # Of two at the same time the last one counts.
-            runs = reversed(self.runs(job.split()[0]))
-            newest = max(runs, key=lambda run: str(run.head["time"]))
-            if run.head.get("benchmarks") != newest.head.get("benchmarks"):
-                found.append(job)
-        return found
+        """The jobs that other benchmarks ran than the newest run."""
+        newest = self.newest.head.get("benchmarks")
+        return [
+            job
+            for job, run in self.jobs.items()
+            if run.head.get("benchmarks") != newest
+        ]
 
     @property
     def stem(self) -> str:
@@ -292,7 +292,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the range of its samples, quartiles if a record has them."""
+    """A median and the range of its samples: quartiles if there are some."""
 
     median: float
     low: float
@@ -322,11 +322,19 @@ def spread(record: Record, scale: float = 1) -> Spread:
     """
     median = record["median"]
     low, high = record.get("quartiles") or record.get("p10_p90") or (median, median)
+    samples = record.get("samples")
+    if isinstance(samples, dict):  # of vLLM's own benchmarks
+        samples = samples.get(record["unit"])
+    if samples and len(samples) < FEW:
+        low, high = min(samples), max(samples)
     return Spread(scale * median, scale * low, scale * high)
 
 
 def of_bench(record: Record) -> tuple[Spread, str]:
-    """Return the result of one of vLLM's own benchmarks, and its unit."""
+    """Return the result of one of vLLM's own benchmarks, and its unit.
+
+    Tokens are those of prompts and answers.
+    """
     if record["bench"] == "throughput":
         return spread(record), "tok/s"
     return spread(record, 1e3), "ms"
@@ -352,14 +360,20 @@ def rated(records: Iterable[Record]) -> list[Record]:
 def kept(records: Iterable[Record]) -> float | None:
     """Return the highest rate that does not saturate a tree, None if the lowest does.
 
-    Higher ones do not count once one does.
+    Higher ones do not count once one does. Nor does one that is more than the tree has
+    answered when it was offered more: in a short run a queue may not show.
 
     Args:
         records: of one tree and load.
     """
-    best = None
+    best, records = None, list(records)
     for record in rated(records):
-        if record["saturated"]:
+        beyond = [
+            other["request_throughput"]
+            for other in records
+            if other["rate"] is None or other["rate"] > record["rate"]
+        ]
+        if record["saturated"] or max(beyond, default=math.inf) < record["rate"]:
             break
         best = float(record["rate"])
     return best

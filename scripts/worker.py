@@ -12,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -185,25 +185,33 @@ def engines(
         yield {name: process for name, process in started.items() if process}
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
+def rotated(names: Iterable[Name], turn: int) -> list[Name]:
+    """Names in the order of a turn: in each another one is the first."""
+    order = list(names)
+    first = turn % max(len(order), 1)
+    return order[first:] + order[:first]
+
+
 def by_turns(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[Name, Callable[[], Any]],
     least: int,
     most: int = 0,
     seconds: float = math.inf,
-) -> dict[str, list[Any]]:
+) -> dict[Name, list[Any]]:
     """Call each in turn and return what they returned, by name.
 
     A GPU's clock falls as it gets hot: no call has a time to itself, none is always
     the first. There are ``most`` turns, or ``least`` if ``seconds`` have passed.
     """
-    names = list(calls)
-    found: dict[str, list[Any]] = {name: [] for name in names}
+    found: dict[Name, list[Any]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for turn in range(max(least, most)):
         if turn >= least and time.perf_counter() - begin > seconds:
             break
-        first = turn % max(len(names), 1)
-        for name in names[first:] + names[:first]:
+        for name in rotated(calls, turn):
             found[name].append(calls[name]())
     return found
 

@@ -63,28 +63,40 @@ def test_serving_leaves_the_warm_up_out(images: bool) -> None:
         "triton": FakeEngine([[1, 2, 3], [4, 5, 6]]),
         "patched": FakeEngine([[1, 2, 9], [9, 5, 6]]),
     }
-    options = ["random-mm"] if images else []
-    given: Any = (engines, "a", "latency", options, 3)
+    options = ["--batch-size", "2"] + (["random-mm"] if images else [])
+    # Three turns, if there is time for no more.
+    given: Any = (engines, "a", "latency", options, 7, 0.0)
     records = list(bench_engine.serve(*given))
     assert [record["tree"] for record in records] == ["triton", "patched"]
+    first = 2.0 if images else 1.0
     for record in records:
-        assert record["samples"] == {"seconds": [1.0, 2.0, 3.0]}
-        assert record["median"] == 2.0
+        assert record["prompts"] == 2
+        assert record["samples"] == {"seconds": [first, first + 1, first + 2]}
+        assert record["median"] == first + 1
     counts = {"requests": 2, "tokens": 6}
     assert records[0]["agreement"] == counts | {"first": 2, "equal": 6}
     assert records[1]["agreement"] == counts | {"first": 1, "equal": 2}
     # No image is seen twice.
-    seeds = [0, 1, 2, 3] if images else [0] * 4
+    seeds = [0, 1, 2, 3, 4] if images else [0] * 4
     assert all(engine.seeds == seeds for engine in engines.values())
 
 
 def test_answers_that_repeat_a_token_are_refused() -> None:
-    engines: Any = {"patched": FakeEngine([[1, 1, 1], [2, 2, 2], [3]])}
+    def records(*answers: list[int]) -> list[Any]:
+        engines: Any = {"patched": FakeEngine(list(answers))}
+        options = ["--batch-size", "2"]
+        return list(bench_engine.serve(engines, "a", "latency", options, 3, 0.0))
+
     with pytest.raises(RuntimeError, match="patched repeats one token"):
-        list(bench_engine.serve(engines, "a", "latency", [], 1))
-    # One alone can do that.
-    engines = {"patched": FakeEngine([[1, 1, 1], [2, 2, 1]])}
-    assert len(list(bench_engine.serve(engines, "a", "latency", [], 1))) == 1
+        records([1, 1, 1], [2, 2, 2], [3, 4, 5], [3])
+    # One of two can do that, and one token alone does not repeat.
+    assert len(records([1, 1, 1], [2, 2, 1], [3])) == 1
+
+
+def test_nats() -> None:
+    ours, theirs = {"5": -1.0, "6": -2.0, "7": -3.0}, {"6": -2.5, "7": -3.1, "8": 0.0}
+    assert bench_engine.nats([ours, ours], [theirs, ours]) == 0.5
+    assert bench_engine.nats([{"5": -1.0}], [{"6": -1.0}]) is None
 
 
 def test_agreement_is_of_the_same_requests() -> None:
