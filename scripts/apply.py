@@ -4,6 +4,7 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import subprocess
 import tarfile
 from pathlib import Path
@@ -194,6 +195,11 @@ def applied_ref(release: Release) -> str:
     return f"refs/gemma4/applied/{release.tag}"
 
 
+def halted_ref(release: Release) -> str:
+    """Return the ref that remembers where the branch stopped at a patch."""
+    return f"refs/gemma4/halted/{release.tag}"
+
+
 def _marker(clone: Clone) -> Path:
     return clone.dir / "gemma4-switch"
 
@@ -296,6 +302,7 @@ def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) 
     start = halt.good[-1] if halt.good else base
     switch(clone, release.branch, start)
     clone("update-ref", applied_ref(release), start)
+    clone("update-ref", halted_ref(release), start)
     paths = [str(path) for path in halt.rest]
     try:
         clone("am", "-q", "-3", "--keep-non-patch", "--no-scissors", *paths)
@@ -308,9 +315,12 @@ def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) 
         raise Failure(
             str(halt).split(" does not apply", 1)[0]
             + f" needs you: conflicts or .rej files are in {show(clone.path)}",
-            "mend and `git add` them, `git am --continue`, then `make export`",
+            "mend and `git add` them, `git am --continue`, then "
+            f"`{console.make('export')}`",
         ) from None
-    say("a three-way merge made all of it fit: `make export` writes that to patches/")
+    clone("update-ref", "-d", halted_ref(release))
+    export = console.make("export")
+    say(f"a three-way merge made all of it fit: `{export}` writes that to patches/")
 
 
 def refuse_unexported(clone: Clone, branch: str, base: str, recorded: str) -> None:
@@ -329,8 +339,8 @@ def refuse_unexported(clone: Clone, branch: str, base: str, recorded: str) -> No
     if now and now not in (clone.resolve(recorded), base):
         raise Failure(
             f"{branch} in {show(clone.path)} has commits that patches/ has not",
-            f"write them with `make export`, or drop them with `git -C "
-            f"{show(clone.path)} branch -m {branch} {branch}-old`",
+            f"write them with `{console.make('export')}`, or drop them with `git -C "
+            f"{shlex.quote(show(clone.path))} branch -m {branch} {branch}-old`",
         )
 
 
@@ -388,7 +398,11 @@ def apply(release: Release) -> Clone:
         return clone
     switch(clone, release.branch, now if same else tip)
     clone("update-ref", applied_ref(release), now if same else tip)
+    clone("update-ref", "-d", halted_ref(release))
     say(f"applied {many} to {where}, {tip[:12]}")
+    if now and not same and now != base:
+        clone("update-ref", replaced := f"refs/gemma4/replaced/{release.tag}", now)
+        say(f"what was there before is {replaced}")
     return clone
 
 

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,8 +154,9 @@ def run(main: Callable[..., None]) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _end(f"error: no space left for {error.filename or 'files'}: free some", 1)
-        if error.errno in (errno.EACCES, errno.EROFS) and error.filename:
-            _end(f"error: {error.filename} cannot be written: check its owner", 1)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            name = error.filename2 or error.filename
+            _end(f"error: {name} cannot be read or written: check its owner", 1)
         raise
     except Exception as error:
         if hasattr(error, "format_message"):
@@ -172,6 +174,18 @@ def _end(line: str, status: int) -> NoReturn:
 def option(name: str) -> str:
     """Return a variable of the Makefile's command line, empty if not given."""
     return os.environ.get(name, "").strip()
+
+
+def make(words: str) -> str:
+    """Return a command for a person to type, for the same clone and release.
+
+    Args:
+        words: what comes after make.
+    """
+    for name in ("RELEASE", "VLLM"):
+        if (value := option(name)) and f"{name}=" not in words:
+            words += f" {name}={shlex.quote(value)}"
+    return f"make {words}"
 
 
 def enabled(name: str) -> bool:

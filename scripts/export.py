@@ -3,9 +3,16 @@
 
 from pathlib import Path
 
-from scripts import console, pins, series
-from scripts.apply import applied_ref, contents, count, open_clone, refuse_unready
-from scripts.console import Failure, say, show
+from scripts import console, git, pins, series
+from scripts.apply import (
+    applied_ref,
+    contents,
+    count,
+    halted_ref,
+    open_clone,
+    refuse_unready,
+)
+from scripts.console import ROOT, Failure, say, show
 from scripts.git import Clone
 from scripts.pins import Release
 
@@ -30,6 +37,12 @@ def commits(clone: Clone, base: str, release: Release) -> list[str]:
             f"`git -C {where} switch {release.branch}`, or `make apply` first",
         )
     tip = clone.resolve("HEAD")
+    if tip == clone.resolve(halted_ref(release)):
+        raise Failure(
+            f"{release.branch} ends before the patch that did not apply",
+            f"mend that in {show(release.patches)} and run "
+            f"`{console.make('apply')}`, or go on from there",
+        )
     said = contents(clone, base, tip)
     if said is None:
         merges = clone("rev-list", "--merges", f"{base}..{tip}").split()
@@ -79,9 +92,12 @@ def export(release: Release) -> None:
         _check(clone, base, listed, files, folder / "check")
         before = {path.name: path.read_bytes() for path in target.glob("*.patch")}
         after = {path.name: path.read_bytes() for path in files}
+        if listed and clone.resolve(applied_ref(release)) == listed[-1]:
+            _refuse_edited(target, before, after)
         if before != after:
             _replace(target, made, old)
     clone("update-ref", applied_ref(release), clone.resolve("HEAD"))
+    clone("update-ref", "-d", halted_ref(release))
     changed = [name for name in after if after[name] != before.get(name)]
     gone = [name for name in before if name not in after]
     for name in changed:
@@ -111,6 +127,32 @@ def _check(
             raise Failure(
                 f'the {what} of {commit[:12]} "{title}" would not survive as a patch',
                 "look for lines such as `---` or `diff -` in its message",
+            )
+
+
+def _refuse_edited(
+    target: Path, before: dict[str, bytes], after: dict[str, bytes]
+) -> None:
+    """Refuse to write over what was edited by hand and is nowhere else.
+
+    Args:
+        target: the folder of the patches.
+        before: what it has.
+        after: what the commits give, all of which were applied or exported before.
+
+    Raises:
+        Failure: a patch has uncommitted changes.
+    """
+    try:
+        changed = git.find(ROOT).dirty()
+    except Failure:
+        return
+    for name in before:
+        path = (target / name).relative_to(ROOT)
+        if before[name] != after.get(name) and str(path) in changed:
+            raise Failure(
+                f"{show(target / name)} was edited since it was applied",
+                f"`{console.make('apply')}` takes that in; `git checkout` undoes it",
             )
 
 

@@ -40,7 +40,7 @@ OVERRIDES = {
 # Left under way by a person: none of these is ours to end.
 UNDER_WAY = {
     "rebase-merge": "rebase",
-    "rebase-apply": "am or rebase",
+    "rebase-apply": "rebase or am",
     "MERGE_HEAD": "merge",
     "CHERRY_PICK_HEAD": "cherry-pick",
     "REVERT_HEAD": "revert",

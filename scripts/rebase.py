@@ -8,6 +8,7 @@ was killed goes on where it stopped.
 """
 
 import contextlib
+import itertools
 import json
 import re
 import shlex
@@ -42,7 +43,8 @@ MERGE = {
 }
 # In the project's own checkout a conflict that was mended once is not asked again.
 REMEMBER = {"rerere.enabled": "true", "rerere.autoUpdate": "true"}
-GO_ON = "make rebase CONTINUE=1"
+GO_ON = console.make("rebase CONTINUE=1")
+GIVE_UP = console.make("rebase ABORT=1")
 
 
 @dataclass(frozen=True)
@@ -459,7 +461,7 @@ def _stop(clone: Clone, tree: Tree, state: State, files: list[str]) -> NoReturn:
     say(f"  git -C {shlex.quote(where)} show CHERRY_PICK_HEAD -- {quoted}")
     raise Failure(
         f"{state.next} conflicts with {state.name} in {', '.join(files)}",
-        f"mend and `git add` them in {where}, then `{GO_ON}` (or ABORT=1)",
+        f"mend and `git add` them in {where}, then `{GO_ON}` (or `{GIVE_UP}`)",
     )
 
 
@@ -601,18 +603,18 @@ def _finish(clone: Clone, state: State) -> None:
         text = clone("range-diff", "--no-color", "--creation-factor=90", old, new)
     report.write_bytes(text.encode(errors="surrogateescape") + b"\n")
     recover(clone)
+    then = console.make(f"export RELEASE={state.name}")
     on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
     try:
         refuse_unready(clone)
         switch(clone, state.branch, state.tip)
-        then = "make export"
     except Failure as failure:
         if on_branch:
             raise
         clone("branch", "-q", "-f", "--no-track", state.branch, state.tip)
         say(f"the checkout stays where it is ({str(failure).split(': ')[0]})")
         where = shlex.quote(show(clone.path))
-        then = f"git -C {where} switch {state.branch} && make export"
+        then = f"git -C {where} switch {state.branch} && {then}"
     _end(clone, state)
     width = max(map(len, state.patches))
     for name, step in zip(state.patches, state.done, strict=True):
@@ -626,7 +628,7 @@ def _finish(clone: Clone, state: State) -> None:
     say(f"{state.branch} in {show(clone.path)} has the series: {said}")
     say(f"old and new patches compared: {show(report)}")
     if state.name in pins.tags():
-        say(f"next: {then} RELEASE={state.name}, which writes patches/{state.name}/")
+        say(f"next: {then}, which writes patches/{state.name}/")
     else:
         say(f"next: name {state.name} in pins.toml for `make export` to write patches")
 
@@ -654,6 +656,12 @@ def abort(clone: Clone, state: State) -> None:
     if clone.dir != clone.common:
         # One of several worktrees.
         kept += f"-{clone.key}"
+    # What an earlier one has kept stays.
+    first = kept
+    for number in itertools.count(2):
+        if not clone.resolve(kept):
+            break
+        kept = f"{first}.{number}"
     tip = state.tip
     if tree := _open(clone, state):
         (tree.dir / "index.lock").unlink(missing_ok=True)
@@ -689,7 +697,10 @@ def rebase(clone: Clone) -> None:
     release = pins.load(console.option("RELEASE"))
     state = load(clone)
     if (go_on or give_up) and not state:
-        raise Failure("no rebase is under way", "begin one with `make rebase TO=`")
+        raise Failure(
+            f"no rebase is under way in {show(clone.path)}",
+            f"begin one with `{console.make('rebase TO=')}`",
+        )
     if state and give_up:
         abort(clone, state)
         return
@@ -698,12 +709,12 @@ def rebase(clone: Clone) -> None:
         if state.stopped and not go_on:
             raise Failure(
                 f"a rebase to {state.name} is under way, stopped at {state.next}",
-                f"go on with `{GO_ON}` or give it up with `make rebase ABORT=1`",
+                f"go on with `{GO_ON}` or give it up with `{GIVE_UP}`",
             )
         if to and to != state.name:
             raise Failure(
                 f"a rebase to {state.name} is under way",
-                f"end it with `{GO_ON}` or give it up with `make rebase ABORT=1`",
+                f"end it with `{GO_ON}` or give it up with `{GIVE_UP}`",
             )
         if state.next:
             _settle(clone, _tree(clone, state), state)

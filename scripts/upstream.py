@@ -7,6 +7,7 @@ nothing of the person's has changed, and then only a branch is new.
 
 import ast
 import contextlib
+import itertools
 import re
 import shlex
 import textwrap
@@ -503,7 +504,7 @@ def upstream(release: Release, given: str, wanted: str) -> None:
     clone = git.find(Path(given))
     if clone("rev-parse", "--is-shallow-repository") == "true":
         raise Failure(
-            f"{show(clone.path)} is a shallow clone, which cannot be rebased",
+            f"{show(clone.path)} is a shallow clone, without the history to work on",
             f"`git -C {shlex.quote(str(clone.path))} fetch --unshallow`",
         )
     who = identity(clone)
@@ -548,7 +549,7 @@ def upstream(release: Release, given: str, wanted: str) -> None:
                     f"{path.name} conflicts with {main} of {show(clone.path)} in "
                     + ", ".join(stuck),
                     "nothing has changed; CONTINUE=1 leaves it in a worktree for "
-                    "`git cherry-pick --continue`",
+                    f"`git cherry-pick --continue`{_newer(release)}",
                 )
         if work.files[-1] in taken:
             raise Failure(
@@ -569,12 +570,27 @@ def upstream(release: Release, given: str, wanted: str) -> None:
     print(_commands(clone, work, main))
 
 
+def _newer(release: Release) -> str:
+    """Name the last release that has the series, if that is another one."""
+    patched = [
+        tag for tag in pins.tags() if any(pins.load(tag).patches.glob("*.patch"))
+    ]
+    return f", or try RELEASE={patched[-1]}" if patched[-1] != release.tag else ""
+
+
 def _write_text(work: Work, template: str, taken: list[Path]) -> None:
     patches = [parse(p.read_bytes().decode()) for p in work.files if p not in taken]
     needs = [f'"{patch.title}"' for patch in patches[:-1]]
     work.place.mkdir(parents=True, exist_ok=True)
     text = body(template, work.title, parts(patches[-1]), needs)
-    (work.place / "body.md").write_text(text)
+    path = work.place / "body.md"
+    if path.exists() and path.read_text() != text:
+        # A person was to edit it.
+        names = (f"body-{number}.md" for number in itertools.count(1))
+        kept = next(name for name in names if not (work.place / name).exists())
+        path.rename(work.place / kept)
+        say(f"{show(path)} was another one: it is {kept} there now")
+    path.write_text(text)
 
 
 def _commands(clone: Clone, work: Work, main: str) -> str:

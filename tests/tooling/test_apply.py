@@ -122,7 +122,7 @@ def test_under_way(filled: Toy, what: str) -> None:
             filled.git(*begin)
     before = status(filled)
     assert f"{what} is under way" in filled.fails("apply").replace(
-        "am or rebase", f"{what}"
+        "rebase or am", f"{what}"
     )
     assert status(filled) == before
 
@@ -199,6 +199,39 @@ def test_continue(filled: Toy) -> None:
     filled.run("export")
     assert b"mended" in filled.files()["0001-Model-W-rter.patch"]
     assert "already applied: 2 patches" in filled.run("apply").stderr
+
+
+def test_a_stop_that_is_given_up_is_not_exported(filled: Toy) -> None:
+    broken = sorted(filled.patches.glob("*.patch"))[1]
+    good = broken.read_text()
+    broken.write_text(good.replace("-b50 = 50\n", "-b50 = 51\n"))
+    assert broken.read_text() != good
+    assert "git am --continue" in filled.fails("apply", CONTINUE="1")
+    filled.git("am", "--abort")
+    filled.git("reset", "-q", "--hard")
+    before = filled.files()
+    line = filled.fails("export")
+    assert "ends before the patch that did not apply: mend that in patches/" in line
+    assert filled.files() == before
+    broken.write_text(good)
+    filled.run("apply")
+    filled.run("export")
+    assert len(filled.files()) == len(before) and broken.read_text() == good
+
+
+def test_what_a_branch_was_is_kept(filled: Toy) -> None:
+    before = filled.files()
+    filled.change("vllm/a.py", "a40 = 40\n", "a40 = 'more'\n", "More")
+    more = filled.head()
+    assert "replaced" not in filled.run("export").stderr
+    for path in filled.patches.glob("*.patch"):
+        path.unlink()
+    for name, data in before.items():
+        (filled.patches / name).write_bytes(data)
+    done = filled.run("apply")
+    assert "what was there before is refs/gemma4/replaced/v1.0.0" in done.stderr
+    assert filled.git("rev-parse", "refs/gemma4/replaced/v1.0.0") == more
+    assert filled.head() != more
 
 
 def test_continue_with_a_three_way_merge(filled: Toy) -> None:

@@ -129,6 +129,21 @@ def test_dirty_is_refused(filled: Toy) -> None:
     assert "uncommitted changes in vllm/a.py" in filled.fails("export")
 
 
+def test_an_edited_patch_is_not_written_over(filled: Toy) -> None:
+    for words in (["init", "-q"], ["add", "patches"], ["commit", "-qm", "patches"]):
+        filled.git(*words, at=filled.root)
+    path = sorted(filled.patches.glob("*.patch"))[0]
+    text = path.read_text().replace("Subject: [PATCH] ", "Subject: [PATCH] By hand ")
+    path.write_text(text)
+    line = filled.fails("export")
+    assert f"{path.name} was edited since it was applied: `make apply` takes" in line
+    assert path.read_text() == text
+    # Where git has it, nothing is lost.
+    filled.git("commit", "-qam", "by hand", at=filled.root)
+    filled.run("export")
+    assert path.read_text() != text
+
+
 def test_under_way_is_refused(filled: Toy) -> None:
     with pytest.raises(AssertionError):
         filled.git("rebase", "--exec", "false", TAG)

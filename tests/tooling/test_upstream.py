@@ -181,6 +181,20 @@ def test_text(project: Toy, main: Path) -> None:
     assert "git push" in done.stdout
 
 
+def test_text_that_was_edited_is_kept(project: Toy, main: Path) -> None:
+    place = project.root / "build" / "upstream" / BRANCHES["3"]
+    for number in (1, 2):
+        make(project, main, "3")
+        text = (place / "body.md").read_text()
+        (place / "body.md").write_text(f"{text}mine {number}\n")
+        project.git("branch", "-qD", BRANCHES["3"], at=main)
+    done = make(project, main, "3")
+    assert "body.md was another one: it is body-2.md there now" in done.stderr
+    assert (place / "body.md").read_text() == text
+    for number in (1, 2):
+        assert (place / f"body-{number}.md").read_text() == f"{text}mine {number}\n"
+
+
 def test_text_without_a_template(project: Toy, main: Path) -> None:
     project.git("stash", "-q", at=main)
     project.git("rm", "-q", ".github/PULL_REQUEST_TEMPLATE.md", at=main)
