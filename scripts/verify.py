@@ -36,11 +36,7 @@ HOOK = "vllm_gemma4_verify"
 # What every process of a check runs.
 HOOKS = ("scripts/runtime_hook.py", "scripts/verify_hook.py")
 # What the environment of the checks is made from.
-CONSTRAINTS = (
-    "scripts/constraints-{tag}-cpu.txt",
-    "scripts/constraints-{tag}-cuda.txt",
-)
-ENVIRONMENT = ("pins.toml", *CONSTRAINTS, *HOOKS)
+ENVIRONMENT = ("pins.toml", "scripts/constraints-{tag}-{kind}.txt", *HOOKS)
 # Longer than any check takes; one that hangs must end.
 LIMIT = 1200
 # Results kept of one check: a series that is worked on makes new ones all the time.
@@ -743,7 +739,7 @@ def unknown(
             "give a commit, branch or tag of it",
         )
     for name in ENVIRONMENT:
-        name = name.format(tag=release.tag)
+        name = name.format(tag=release.tag, kind=build.device())
         now, then = ROOT / name, ""
         with contextlib.suppress(GitError):
             then = own("show", f"{commit}:./{name}")

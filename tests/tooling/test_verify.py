@@ -536,6 +536,10 @@ def test_since(project: Project) -> None:
     said = project.verify(SINCE="main", PATCH="1")
     pins.write_text(text)
     assert "pins.toml differs from main's: all patches" in said
+    for kind in ("cuda", "cpu"):
+        (toy.root / f"scripts/constraints-{TAG}-{kind}.txt").write_text("a==1\n")
+        said = project.verify(SINCE="main", PATCH="1")
+        assert ("differs from main's" in said) == (kind == "cpu")
     line = toy.fails("verify", **project.env(SINCE="nowhere"))
     assert "SINCE=nowhere is no revision of this project" in line
 
