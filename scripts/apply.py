@@ -195,11 +195,6 @@ def applied_ref(release: Release) -> str:
     return f"refs/gemma4/applied/{release.tag}"
 
 
-def halted_ref(release: Release) -> str:
-    """Return the ref that remembers where the branch stopped at a patch."""
-    return f"refs/gemma4/halted/{release.tag}"
-
-
 def _marker(clone: Clone) -> Path:
     return clone.dir / "gemma4-switch"
 
@@ -302,7 +297,6 @@ def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) 
     start = halt.good[-1] if halt.good else base
     switch(clone, release.branch, start)
     clone("update-ref", applied_ref(release), start)
-    clone("update-ref", halted_ref(release), start)
     paths = [str(path) for path in halt.rest]
     try:
         clone("am", "-q", "-3", "--keep-non-patch", "--no-scissors", *paths)
@@ -318,7 +312,6 @@ def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) 
             "mend and `git add` them, `git am --continue`, then "
             f"`{console.make('export')}`",
         ) from None
-    clone("update-ref", "-d", halted_ref(release))
     export = console.make("export")
     say(f"a three-way merge made all of it fit: `{export}` writes that to patches/")
 
@@ -398,7 +391,6 @@ def apply(release: Release) -> Clone:
         return clone
     switch(clone, release.branch, now if same else tip)
     clone("update-ref", applied_ref(release), now if same else tip)
-    clone("update-ref", "-d", halted_ref(release))
     say(f"applied {many} to {where}, {tip[:12]}")
     if now and not same and now != base:
         clone("update-ref", replaced := f"refs/gemma4/replaced/{release.tag}", now)

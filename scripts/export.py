@@ -3,16 +3,9 @@
 
 from pathlib import Path
 
-from scripts import console, git, pins, series
-from scripts.apply import (
-    applied_ref,
-    contents,
-    count,
-    halted_ref,
-    open_clone,
-    refuse_unready,
-)
-from scripts.console import ROOT, Failure, say, show
+from scripts import console, pins, series
+from scripts.apply import applied_ref, contents, count, open_clone, refuse_unready
+from scripts.console import Failure, say, show
 from scripts.git import Clone
 from scripts.pins import Release
 
@@ -34,15 +27,10 @@ def commits(clone: Clone, base: str, release: Release) -> list[str]:
     if head != release.branch:
         raise Failure(
             f"{where} is at {head[:40]}, not on {release.branch}",
-            f"`git -C {where} switch {release.branch}`, or `make apply` first",
+            f"`git -C {where} switch {release.branch}`, "
+            f"or `{console.make('apply')}` first",
         )
     tip = clone.resolve("HEAD")
-    if tip == clone.resolve(halted_ref(release)):
-        raise Failure(
-            f"{release.branch} ends before the patch that did not apply",
-            f"mend that in {show(release.patches)} and run "
-            f"`{console.make('apply')}`, or go on from there",
-        )
     said = contents(clone, base, tip)
     if said is None:
         merges = clone("rev-list", "--merges", f"{base}..{tip}").split()
@@ -82,22 +70,22 @@ def export(release: Release) -> None:
     if not listed and any(target.glob("*.patch")):
         raise Failure(
             f"{release.branch} has no commits but {show(target)} has patches",
-            "run `make apply`, or delete the patches by hand if that is meant",
+            f"run `{console.make('apply')}`, or delete the patches by hand if that is "
+            "meant",
         )
     with console.scratch() as folder:
         made = folder / "made"
-        for name in ("write", "check", "made"):
+        for name in ("write", "check", "made", "there"):
             (folder / name).mkdir()
         files = series.write(clone, listed, folder / "write", made)
         _check(clone, base, listed, files, folder / "check")
         before = {path.name: path.read_bytes() for path in target.glob("*.patch")}
         after = {path.name: path.read_bytes() for path in files}
-        if listed and clone.resolve(applied_ref(release)) == listed[-1]:
-            _refuse_edited(target, before, after)
         if before != after:
+            if clone.resolve(applied_ref(release)) == clone.resolve("HEAD"):
+                _refuse_unapplied(clone, base, release, listed, folder / "there")
             _replace(target, made, old)
     clone("update-ref", applied_ref(release), clone.resolve("HEAD"))
-    clone("update-ref", "-d", halted_ref(release))
     changed = [name for name in after if after[name] != before.get(name)]
     gone = [name for name in before if name not in after]
     for name in changed:
@@ -130,30 +118,35 @@ def _check(
             )
 
 
-def _refuse_edited(
-    target: Path, before: dict[str, bytes], after: dict[str, bytes]
+def _refuse_unapplied(
+    clone: Clone, base: str, release: Release, listed: list[str], folder: Path
 ) -> None:
-    """Refuse to write over what was edited by hand and is nowhere else.
+    """Refuse to write over patches that say what no commit does.
 
     Args:
-        target: the folder of the patches.
-        before: what it has.
-        after: what the commits give, all of which were applied or exported before.
+        clone: where commits are made.
+        base: the release's commit.
+        release: the release.
+        listed: the commits, all of which were applied or exported before: there is
+            nothing to write, only something to lose.
+        folder: an empty folder to work in.
 
     Raises:
-        Failure: a patch has uncommitted changes.
+        Failure: patches/ was edited, or `make apply` stopped at one of them.
     """
     try:
-        changed = git.find(ROOT).dirty()
+        files = series.patches(release.patches)
+        there = series.derive(clone, base, files, folder)
     except Failure:
-        return
-    for name in before:
-        path = (target / name).relative_to(ROOT)
-        if before[name] != after.get(name) and str(path) in changed:
-            raise Failure(
-                f"{show(target / name)} was edited since it was applied",
-                f"`{console.make('apply')}` takes that in; `git checkout` undoes it",
-            )
+        is_known = False
+    else:
+        said = [series.content(clone.raw(commit)) for commit in listed]
+        is_known = all(series.content(clone.raw(one)) in said for one in there)
+    if not is_known:
+        raise Failure(
+            f"{show(release.patches)} was edited since {release.branch} was made of it",
+            f"`{console.make('apply')}` takes that in",
+        )
 
 
 def _replace(target: Path, made: Path, old: Path) -> None:

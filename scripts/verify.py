@@ -738,8 +738,9 @@ def unknown(
             f"SINCE={since} is no revision of this project",
             "give a commit, branch or tag of it",
         )
+    kind = build.device()
     for name in ENVIRONMENT:
-        name = name.format(tag=release.tag, kind=build.device())
+        name = name.format(tag=release.tag, kind=kind)
         now, then = ROOT / name, ""
         with contextlib.suppress(GitError):
             then = own("show", f"{commit}:./{name}")
