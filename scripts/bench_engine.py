@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -546,12 +547,10 @@ def serve(
     has_images = "random-mm" in options
     warm_ups = 2 if has_images else 1
     runs: dict[str, Runs] = {name: [] for name in engines}
-    begin = 0.0
-    for turn in range(warm_ups + max(repeat, 3)):
-        if turn == warm_ups:
-            begin = time.perf_counter()
-        if turn >= warm_ups + 3 and time.perf_counter() - begin > seconds:
-            break
+    rounds = itertools.chain(
+        worker.turns(engines, warm_ups), worker.turns(engines, 3, repeat, seconds)
+    )
+    for turn, names in enumerate(rounds):
         # Texts are forgotten, but an image that was seen is processed already.
         seed = turn if has_images else 0
         if bench == "throughput":
@@ -562,7 +561,7 @@ def serve(
                 ]
             for result in made:
                 result.result()
-        for name in worker.rotated(engines, turn):
+        for name in names:
             found = engines[name]("run", bench, options, seed, turn == 0)
             runs[name].append(found)
     unit = "tokens_per_second" if bench == "throughput" else "seconds"

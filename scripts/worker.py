@@ -188,11 +188,21 @@ def engines(
 Name = TypeVar("Name", bound=Hashable)
 
 
-def rotated(names: Iterable[Name], turn: int) -> list[Name]:
-    """Names in the order of a turn: in each another one is the first."""
+def turns(
+    names: Iterable[Name], least: int, most: int = 0, seconds: float = math.inf
+) -> Iterator[list[Name]]:
+    """Yield the order of each turn: in each another name is the first.
+
+    A GPU's clock falls as it gets hot: nothing has a time to itself, none is always
+    the first. There are ``most`` turns, or ``least`` if ``seconds`` have passed.
+    """
     order = list(names)
-    first = turn % max(len(order), 1)
-    return order[first:] + order[:first]
+    begin = time.perf_counter()
+    for turn in range(max(least, most)):
+        if turn >= least and time.perf_counter() - begin > seconds:
+            return
+        first = turn % max(len(order), 1)
+        yield order[first:] + order[:first]
 
 
 def by_turns(
@@ -201,17 +211,10 @@ def by_turns(
     most: int = 0,
     seconds: float = math.inf,
 ) -> dict[Name, list[Any]]:
-    """Call each in turn and return what they returned, by name.
-
-    A GPU's clock falls as it gets hot: no call has a time to itself, none is always
-    the first. There are ``most`` turns, or ``least`` if ``seconds`` have passed.
-    """
+    """Call each in ``turns`` and return what they returned, by name."""
     found: dict[Name, list[Any]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    for turn in range(max(least, most)):
-        if turn >= least and time.perf_counter() - begin > seconds:
-            break
-        for name in rotated(calls, turn):
+    for names in turns(calls, least, most, seconds):
+        for name in names:
             found[name].append(calls[name]())
     return found
 
