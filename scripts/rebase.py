@@ -267,7 +267,8 @@ def derive(clone: Clone, release: Release, old: str) -> tuple[list[Path], list[s
     except series.Conflict as halt:
         raise Failure(
             str(halt).split(": the checkout")[0] + f" on {release.tag} itself",
-            "mend it with `make apply CONTINUE=1` and `make export` first",
+            f"mend it with `{console.make('apply CONTINUE=1')}` and "
+            f"`{console.make('export')}` first",
         ) from None
 
 
