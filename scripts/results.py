@@ -109,6 +109,9 @@ class Run:
         gpus = machine.get("gpus", 0)
         parts = [f"{gpus} GPUs, "] if gpus > 1 else []
         parts.append(f"{machine['cores']} cores of {machine.get('cpu', 'a processor')}")
+        if "driver" in machine:
+            limit = machine["power_limit"]
+            parts.append(f"; driver {machine['driver']}, {limit} at most")
         versions = ", ".join(f"{k} {v}" for k, v in sorted(machine["versions"].items()))
         return "".join(parts) + f"; {versions}"
 

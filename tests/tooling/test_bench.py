@@ -357,3 +357,28 @@ def test_machine_says_what_is_wrong(tmp_path: Path) -> None:
     python.chmod(0o755)
     with pytest.raises(Failure, match="does not say what it runs on: no torch"):
         bench.machine(python, {})
+
+
+FAKE_TORCH = """
+class cuda:
+    device_count = lambda: 1
+    def get_device_properties(index):
+        return type("", (), {"name": "G", "total_memory": 1 << 30})
+class version:
+    cuda = "13.0"
+"""
+
+
+@pytest.mark.parametrize("smi", ["echo 580.1, 700.00 W", "exit 9", ""])
+def test_machine_with_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smi: str
+) -> None:
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    if smi:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{smi}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    env = {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:/bin"}
+    found = bench.machine(Path(sys.executable), env)
+    assert (found["gpu"], found["gpu_mib"], found["cuda"]) == ("G", 1024, "13.0")
+    known = (found.get("driver"), found.get("power_limit"))
+    assert known == (("580.1", "700.00 W") if "580" in smi else (None, None))

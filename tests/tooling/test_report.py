@@ -415,6 +415,9 @@ def test_what_was_measured_elsewhere_says_so() -> None:
     )
     assert text.count("\nMeasured") == 2
     assert text.index("## The host") < text.index(note)
+    lines[at]["machine"] |= {"driver": "580.1", "power_limit": "700.00 W"}
+    text = text_of(lines)
+    assert "on 3 cores of a CPU; driver 580.1, 700.00 W at most; torch" in text
 
 
 def test_other_code_of_the_benchmarks() -> None:
