@@ -105,9 +105,9 @@ def jobs() -> dict[str, list[Record]]:
     """Every level, with every field."""
     return {
         "layer A": [
-            layer("A one", "FA3 floor", 100.0, x_floor=1.0),
+            layer("A one", "FA3 floor", 100.0, x_floor=1.0, ranges=0.36),
             layer("A one", "FA3 chosen", 111.0, ranges=2e-3, rest=3e-3, mib=4.0),
-            layer("A one", "FA4 floor", 101.0),
+            layer("A one", "FA4 floor", 101.0, ranges=1.4),
             layer(
                 "A one", "FA4 chosen", 222.0, ranges=2e-3, rest=1e-3, form="one_call"
             ),
@@ -446,6 +446,16 @@ def test_what_was_not_measured() -> None:
     text = text_of([*lines_of(jobs(), machine=CPU), older])
     assert "Only an older tree has results of: tower e2b." in text
     assert "Not measured" not in text
+
+
+def test_a_wrong_mask_is_beside_the_errors() -> None:
+    found = jobs()["layer A"]
+    said = "is off there by 0.360 to 1.40.\n"
+    assert said in text_of(lines_of({"layer A": found}))
+    for record in found:
+        if record["variant"].endswith("floor"):
+            del record["ranges"]
+    assert "is off there" not in text_of(lines_of({"layer A": found}))
 
 
 def test_layers_are_named() -> None:
