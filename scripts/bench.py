@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -26,7 +27,7 @@ from scripts.git import Clone
 from scripts.test import environ
 
 RESULTS = BUILD / "bench" / "results.jsonl"
-TIMES = 10  # as long as a job takes, until it is ended
+TIMES = 5  # as long as a job takes, until it is ended
 
 
 @dataclass(frozen=True)
@@ -68,27 +69,31 @@ JOBS = {
         _HOST,
         _job("tower 26b", 6, "bench_tower", "--kind", "26b", *_GPU_TOWER),
         _job("tower e2b", 5, "bench_tower", "--kind", "e2b", *_GPU_TOWER),
-        _job("scaling tower", 5, "bench_tower", "--scale", "images,soft_tokens"),
-        _job("scaling engine", 4, "bench_engine", "scaling", "--kind", "26b"),
-        _job("step 26b", 2, "bench_engine", "step", "--kind", "26b", *_FOUR),
+        # What needs most memory last.
+        _job("scaling tower", 5, "bench_tower", "--scale", "soft_tokens,images"),
+        _job("scaling engine", 6, "bench_engine", "scaling", "--kind", "26b"),
+        _job("step 26b", 2.5, "bench_engine", "step", "--kind", "26b", *_FOUR),
         _job("step 31b", 2.5, "bench_engine", "step", "--kind", "31b", *_FOUR),
         _job(
-            *("step 26b whole", 1.5, "bench_engine", "step", "--kind", "26b"),
+            *("step 26b whole", 2.5, "bench_engine", "step", "--kind", "26b"),
             *("--layers", "30", "--forms", "release,patched"),
         ),
-        _job("serving 26b", 7, "bench_engine", "serving", "--kind", "26b", *_FOUR),
-        _job("serving 31b", 8, "bench_engine", "serving", "--kind", "31b", *_FOUR),
-        _job("serving 12b", 6, "bench_engine", "serving", "--kind", "12b"),
+        _job("serving 26b", 13, "bench_engine", "serving", "--kind", "26b", *_FOUR),
+        _job("serving 31b", 13, "bench_engine", "serving", "--kind", "31b", *_FOUR),
         _job(
-            *("serving e4b", 6, "bench_engine", "serving", "--kind", "e4b"),
+            *("serving 12b", 10, "bench_engine", "serving", "--kind", "12b"),
+            *("--layers", "48"),
+        ),
+        _job(
+            *("serving e4b", 8, "bench_engine", "serving", "--kind", "e4b"),
             *("--layers", "42"),
         ),
         _job(
-            *("serving e2b", 6, "bench_engine", "serving", "--kind", "e2b"),
+            *("serving e2b", 8, "bench_engine", "serving", "--kind", "e2b"),
             *("--layers", "35"),
         ),
-        _job("rates 26b", 7, "bench_rates", "--kind", "26b"),
-        _job("rates 31b", 7, "bench_rates", "--kind", "31b"),
+        _job("rates 26b", 9, "bench_rates", "--kind", "26b"),
+        _job("rates 31b", 9, "bench_rates", "--kind", "31b"),
     ),
     "cpu": (
         _HOST,
@@ -230,19 +235,36 @@ def read(results: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def benchmarks() -> str:
-    """Return what tells the benchmarks' code from what it was before."""
-    digest = hashlib.sha256()
+def benchmarks(module: str) -> str:
+    """Return what tells a benchmark's code from what it was before.
+
+    Args:
+        module: the benchmark, such as "scripts.bench_tower".
+    """
     names = ("bench_*.py", "worker.py", "demo.py", "*_gemma4.py", "unpatched.py")
-    for path in sorted(path for name in names for path in ROOT.glob(f"scripts/{name}")):
-        digest.update(path.read_bytes())
+    there = {path.stem: path for name in names for path in ROOT.glob(f"scripts/{name}")}
+    needed, found = [module.rpartition(".")[2]], dict[str, bytes]()
+    while needed:
+        if (name := needed.pop()) not in found and name in there:
+            found[name] = there[name].read_bytes()
+            # What it imports, wherever it says its name.
+            needed += re.findall(r"\w+", found[name].decode())
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(found[name])
     return digest.hexdigest()[:16]
 
 
 def done(lines: list[dict[str, Any]], job: Job, made_on: dict[str, Any]) -> bool:
-    """Return whether a job has results of this tree, machine and benchmark."""
+    """Return whether a job has all results of this tree, machine and benchmark."""
     wanted = {"job": job.name, "command": list(job.command)} | made_on
-    return any(wanted.items() <= line.items() for line in lines)
+    wanted["benchmarks"] = benchmarks(job.command[0])
+    return any(wanted.items() <= line.items() for line in whole(lines))
+
+
+def whole(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the heads of runs that ended well."""
+    return [line for line in lines if "command" in line and "partial" not in line]
 
 
 def keep(results: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -263,7 +285,7 @@ def keep(results: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> 
 
 def run(
     job: Job, python: Path, env: dict[str, str], log: Path, out: Path
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], str]:
     """Run a job.
 
     Args:
@@ -274,10 +296,10 @@ def run(
         out: where it writes its records.
 
     Returns:
-        Those.
+        Those, and how it ended where that was not well.
 
     Raises:
-        Failure: it failed, or measured nothing.
+        Failure: it measured nothing.
     """
     out.unlink(missing_ok=True)
     command = [str(python), "-m", *job.command, "--json", str(out)]
@@ -302,19 +324,23 @@ def run(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
     records = []
-    if status == 0 and out.exists():
-        records = [json.loads(line) for line in out.read_text().splitlines()]
-    if status != 0 or not records:
-        for line in log.read_text(errors="replace").splitlines()[-15:]:
-            say("    " + line)
-        what = "no records" if status == 0 else f"exit status {status}"
-        if status is None:
-            what = f"no result in {TIMES} times the minutes that it takes"
-        raise Failure(
-            f"{job.name} ended with {what}",
-            f"the last lines are above, all of them in {show(log)}",
-        )
-    return records
+    for line in out.read_text().splitlines() if out.exists() else ():
+        # The last line of one that was killed may be cut.
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    if status == 0 and records:
+        return records, ""
+    for line in log.read_text(errors="replace").splitlines()[-15:]:
+        say("    " + line)
+    what = "no records" if status == 0 else f"exit status {status}"
+    if status is None:
+        what = f"no end in {TIMES} times the minutes that it takes"
+    if records:
+        return records, what
+    raise Failure(
+        f"{job.name} ended with {what}",
+        f"the last lines are above, all of them in {show(log)}",
+    )
 
 
 def bench(kind: str) -> None:
@@ -351,7 +377,6 @@ def bench(kind: str) -> None:
         made_on = {
             "release": release.tag,
             "tree": tree(clone),
-            "benchmarks": benchmarks(),
             "machine": here,
         }
         if kind == "cuda" and not here["gpus"]:
@@ -367,6 +392,9 @@ def bench(kind: str) -> None:
         left = [job for job in jobs if not done(lines, job, made_on)]
         if len(left) < len(jobs):
             say(f"{len(jobs) - len(left)} of {len(jobs)} jobs have results already")
+        # What has none at all comes first.
+        known = {line["job"] for line in whole(lines)}
+        left.sort(key=lambda job: job.name in known)
         commit = revision()
         slowness, failures = 1.0, []
         for number, job in enumerate(left, 1):
@@ -376,7 +404,7 @@ def bench(kind: str) -> None:
             log, out = stem.with_suffix(".log"), stem.with_suffix(".jsonl")
             begin = time.time()
             try:
-                records = run(job, target.python, env, log, out)
+                records, wrong = run(job, target.python, env, log, out)
             except Failure as failure:
                 # The others can be measured.
                 say(f"  {failure}")
@@ -393,15 +421,20 @@ def bench(kind: str) -> None:
                 "job": job.name,
                 "command": list(job.command),
                 **made_on,
+                "benchmarks": benchmarks(job.command[0]),
                 "commit": commit,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begin)),
                 "seconds": round(seconds),
             }
+            if wrong:
+                head["partial"] = wrong
+                failures.append(job.name)
             keep(results, head, records)
-            say(f"  {len(records)} records in {seconds:.0f} s")
+            note = f", then it ended with {wrong}" if wrong else ""
+            say(f"  {len(records)} records in {seconds:.0f} s{note}")
     if failures:
         raise Failure(
-            f"{', '.join(failures)}: nothing was measured",
+            f"{', '.join(failures)}: not all was measured",
             "their last lines are above; the same command tries them again",
         )
     say(f"`make report RESULTS={show(results)}` writes tables and plots of it")

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import itertools
 import json
 import math
 import os
@@ -40,7 +39,9 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
     # Gemma4's config takes FA4 for all heads where there is one.
     "fa3": ({"backend": "FLASH_ATTN", "flash_attn_version": 3}, False),
 }
-REFERENCE = "triton"  # what greedy tokens are held against
+# What greedy tokens are held against: the first that there is. With images the release
+# takes Triton by itself.
+REFERENCES = ("triton", "release")
 LIKELY = 20  # tokens whose log probabilities are
 IMAGE = (672, 960)  # height and width: 280 soft tokens, 282 with begin and end
 SOFT_TOKENS = 280
@@ -52,6 +53,7 @@ CONTEXT_SHARE = 0.25  # of a context's tokens are of images
 SHARES = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
 SHARES_CONTEXT = 15900
 PICTURES = 32  # unlike ones: more than a step has
+LONG = 20  # seconds of a turn of a workload, which has fewer of them then
 
 
 def _random(inputs: int, outputs: int, prompts: int) -> list[str]:
@@ -120,6 +122,24 @@ def workloads(shrink: int) -> dict[str, tuple[str, list[str]]]:
     }
 
 
+def demand(options: list[str]) -> tuple[int, int, int]:
+    """How many requests a workload has, and the tokens of each and of its answer."""
+
+    def value(*names: str) -> int:
+        for name in names:
+            if name in options:
+                return int(options[options.index(name) + 1])
+        return 0
+
+    tokens = value("--random-input-len", "--input-len")
+    items = value("--random-mm-base-items-per-request")
+    # Of an image, and of a frame with its time.
+    is_video = str(VIDEO) in str(options)
+    tokens += items * (80 * VIDEO[2] if is_video else SOFT_TOKENS + 2)
+    answer = value("--random-output-len", "--output-len")
+    return value("--num-prompts", "--batch-size"), tokens, answer
+
+
 def agreement(found: list[list[int]], expected: list[list[int]]) -> dict[str, int]:
     """Compare greedy tokens, those of a request a list.
 
@@ -152,7 +172,9 @@ def _request(tokens: int, images: int, image_id: int, seed: int) -> dict[str, An
     from PIL import Image
 
     ids = _text(tokens - (SOFT_TOKENS + 2) * images, seed)
-    for at in np.linspace(0, len(ids), images + 2, dtype=int)[-2:0:-1]:
+    # The last one is in the window of what is answered: whether that is right depends
+    # on it.
+    for at in np.linspace(0, max(len(ids) - 64, 1), images + 1, dtype=int)[:0:-1]:
         ids.insert(int(at), image_id)
     if not images:
         return {"prompt_token_ids": ids}
@@ -209,6 +231,8 @@ class Engine:
             "limit_mm_per_prompt": {"image": 512, "video": 1, "audio": 0},
             "attention_config": FORMS[form][0],
         }
+        # Counts preempted requests.
+        arguments["disable_log_stats"] = False
         if level == "serving":
             sizes = [1, 2, 4, 8, 16, 32, 64, arguments["max_num_seqs"]]
             arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
@@ -275,9 +299,9 @@ class Engine:
         def timed_embed(**kwargs: Any) -> Any:
             if not tower:
                 like = next(self.model.parameters())
-                shape = (SOFT_TOKENS, self.config.hf_text_config.hidden_size)
-                feature = real_gemma4.noise(shape, like.dtype, like.device)
-                return [feature] * len(kwargs["pixel_values"])
+                width = self.config.hf_text_config.hidden_size
+                empty = like.new_empty(1).expand(SOFT_TOKENS, width)
+                return real_gemma4.varied([empty] * len(kwargs["pixel_values"]))
             result, milliseconds = timed(embed, kwargs)
             towers.append(milliseconds)
             return real_gemma4.varied(result)
@@ -289,9 +313,11 @@ class Engine:
             yield steps, towers
 
     def prefill(
-        self, rows: int, tokens: int, images: int, tower: bool
+        self, rows: int, tokens: int, images: int, tower: bool, causal: bool = False
     ) -> dict[str, Any]:
         """Prefill prompts of ``tokens`` with ``images`` each, in one step if they fit.
+
+        With ``causal`` images attend as text does, which is wrong.
 
         Returns:
             Milliseconds of the ``model`` and of the ``tower``, MiB of memory above what
@@ -304,6 +330,7 @@ class Engine:
         """
         import torch
         from vllm import SamplingParams
+        from vllm.v1.attention.backend import CommonAttentionMetadata
 
         requests = self.requests(rows, tokens, images)
         params = SamplingParams(
@@ -314,12 +341,20 @@ class Engine:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        with self._timed(tower) as (steps, towers):
+        nowhere = property(lambda _: None, lambda _, ranges: None)
+        with contextlib.ExitStack() as stack:
+            if causal:
+                ranges = mock.patch.object(
+                    CommonAttentionMetadata, "mm_req_doc_ranges", nowhere
+                )
+                stack.enter_context(ranges)
+            steps, towers = stack.enter_context(self._timed(tower))
             outputs = self.llm.generate(requests, params, use_tqdm=False)
         most = torch.cuda.max_memory_allocated() if self.cuda else 0
         answers = [list(output.outputs[0].token_ids) for output in outputs]
         last = [[request["prompt_token_ids"][-1]] for request in requests]
-        if answers == last:
+        # One request may do so by chance.
+        if rows > 1 and answers == last:
             raise RuntimeError("the model repeats what it is told, whatever attention")
         if not rows * tokens <= sum(size for size, _ in steps) <= rows * tokens + 1024:
             raise RuntimeError(f"no steps of {rows * tokens} tokens: {steps}")
@@ -334,6 +369,15 @@ class Engine:
                 for first in (output.outputs[0].logprobs[0] for output in outputs)
             ],
         }
+
+    def preempted(self) -> int:
+        """How often a request had to wait again, as the KV cache was full."""
+        counters = [
+            metric
+            for metric in self.llm.get_metrics()
+            if metric.name == "vllm:num_preemptions"
+        ]
+        return int(sum(counter.value for counter in counters))
 
     def _parsed(
         self, bench: str, options: list[str], seed: int, out: str
@@ -401,7 +445,8 @@ class Engine:
             module.main(args)
             found = json.loads(Path(out).read_text())
         if bench == "latency":
-            result = {"seconds": float(np.median(found["latencies"]))}
+            latencies = found["latencies"]
+            result = {"seconds": float(np.median(latencies)), "latencies": latencies}
         else:
             wanted = args.random_input_len + args.random_output_len
             if "random-mm" in options:
@@ -440,6 +485,15 @@ def nats(
     return max(differences, default=None)
 
 
+def same_as(
+    ours: dict[str, Any], theirs: dict[str, Any], reference: str
+) -> dict[str, Any]:
+    """The agreement of two prefills, with the largest difference in ``nats``."""
+    found: dict[str, Any] = {**agreement(ours["tokens"], theirs["tokens"])}
+    found["nats"] = nats(ours["logprobs"], theirs["logprobs"])
+    return found | {"with": reference}
+
+
 Runs = list[dict[str, Any]]
 Prefill = tuple[int, int, int, bool]  # what ``Engine.prefill`` takes
 
@@ -447,21 +501,28 @@ Prefill = tuple[int, int, int, bool]  # what ``Engine.prefill`` takes
 def _prefills(
     engines: Mapping[str, Process], args: argparse.Namespace, *given: Prefill
 ) -> dict[str, list[tuple[Runs, dict[str, Any] | None]]]:
-    """Runs of prefills by turns, and the agreement of their tokens, by engine."""
+    """Runs of prefills by turns, and the agreement of their tokens, by engine.
+
+    That of the reference is with itself, of another run, and has how images that attend
+    as text would agree: what a wrong mask looks like.
+    """
     calls = {
         (name, i): functools.partial(engine, "prefill", *prefill)
         for i, prefill in enumerate(given)
         for name, engine in engines.items()
     }
-    worker.by_turns(calls, 1)  # a warm-up
+    worker.by_turns(calls, 1, 3, 1.0)  # a warm-up
     found = worker.by_turns(calls, 5, args.repeat, args.seconds * len(given))
+    reference = next((name for name in REFERENCES if name in engines), None)
     results: dict[str, list[tuple[Runs, dict[str, Any] | None]]] = {}
     for (name, i), runs in found.items():
         same: dict[str, Any] | None = None
-        if REFERENCE in engines:
-            ours, theirs = runs[0], found[REFERENCE, i][0]
-            same = {**agreement(ours["tokens"], theirs["tokens"])}
-            same["nats"] = nats(ours["logprobs"], theirs["logprobs"])
+        if reference:
+            theirs = found[reference, i][1 if name == reference else 0]
+            same = same_as(runs[0], theirs, reference)
+            if name == reference and given[i][2] and not given[i][3]:
+                wrong = engines[name]("prefill", *given[i], True)
+                same["causal"] = same_as(wrong, theirs, reference)
         results.setdefault(name, []).append((runs, same))
     return results
 
@@ -538,8 +599,9 @@ def serve(
 ) -> Iterator[Record]:
     """Run a workload by turns, after a greedy one as a warm-up.
 
-    Images have a second one. There are three turns that count, and more up to
-    ``repeat`` until ``seconds`` have passed.
+    Images have a second one. There are three turns that count, two of long ones, and
+    more up to ``repeat`` until ``seconds`` have passed. The reference answers greedily
+    twice: what batches requests are in differs from run to run, and so do answers.
 
     Raises:
         RuntimeError: Answers repeat a token, which attention does not matter for.
@@ -547,10 +609,16 @@ def serve(
     has_images = "random-mm" in options
     warm_ups = 2 if has_images else 1
     runs: dict[str, Runs] = {name: [] for name in engines}
-    rounds = itertools.chain(
-        worker.turns(engines, warm_ups), worker.turns(engines, 3, repeat, seconds)
-    )
-    for turn, names in enumerate(rounds):
+    reference = next((name for name in REFERENCES if name in engines), None)
+    again: list[list[int]] = []
+    begin = time.perf_counter()
+
+    def rounds() -> Iterator[list[str]]:
+        yield from worker.turns(engines, warm_ups)
+        is_long = time.perf_counter() - begin > LONG * warm_ups
+        yield from worker.turns(engines, 2 if is_long else 3, repeat, seconds)
+
+    for turn, names in enumerate(rounds()):
         # Texts are forgotten, but an image that was seen is processed already.
         seed = turn if has_images else 0
         if bench == "throughput":
@@ -564,9 +632,11 @@ def serve(
         for name in names:
             found = engines[name]("run", bench, options, seed, turn == 0)
             runs[name].append(found)
+        if turn == 0 and reference:
+            found = engines[reference]("run", bench, options, seed, True)
+            again = found["answered"]
     unit = "tokens_per_second" if bench == "throughput" else "seconds"
-    count = "--num-prompts" if bench == "throughput" else "--batch-size"
-    prompts = int(options[options.index(count) + 1])
+    prompts, _, _ = demand(options)
     answered = {name: found[0].pop("answered") for name, found in runs.items()}
     for name, texts in answered.items():
         longer = [tokens for tokens in texts if len(tokens) > 1]
@@ -580,25 +650,44 @@ def serve(
             "prompts": prompts,
             "tree": name,
             "unit": unit,
+            "preempted": engines[name]("preempted"),
         }
         samples = {key: [run[key] for run in found[warm_ups:]] for key in found[0]}
         record |= worker.spread(samples[unit]) | {"samples": samples}
-        if REFERENCE in engines:
-            record["agreement"] = agreement(answered[name], answered[REFERENCE])
+        if reference:
+            ours = again if name == reference else answered[name]
+            same = agreement(ours, answered[reference])
+            record["agreement"] = same | {"with": reference}
         yield record
 
 
 BENCHES = {"step": bench_step, "scaling": bench_scaling, "serving": bench_serving}
 
 
-def kv_gib(kind: str, layers: int) -> int:
-    """GiB of KV cache: half again what a step's tokens take, and at least 4."""
-    heads: int = real_gemma4.TEXTS[kind]["num_key_value_heads"]
-    step = 2 * 2 * heads * 256 * layers * (STEP_TOKENS + real_gemma4.WINDOW)
-    return max(4, math.ceil(1.5 * step / 2**30))
+def kv_gib(kind: str, layers: int, level: str = "serving") -> int:
+    """GiB of KV cache that all requests of a level have room in, at least 4."""
+    text = real_gemma4.text(kind, layers)
+    window, heads = text["sliding_window"], text["num_key_value_heads"]
+    global_heads = text["num_global_key_value_heads"] or heads
+    own = text["layer_types"][: layers - text.get("num_kv_shared_layers", 0)]
+    # Bytes that a token takes: keys and values in bfloat16.
+    sliding = 4 * heads * text["head_dim"] * own.count("sliding_attention")
+    full = 4 * global_heads * text["global_head_dim"] * own.count("full_attention")
+    requests = [(rows, tokens, 1) for rows, tokens, _ in STEPS] + [(1, CONTEXTS[-1], 1)]
+    if level == "serving":
+        requests = [demand(options) for _, options in workloads(1).values()]
+    needs: list[int] = []
+    for rows, tokens, answer in requests:
+        # What a step brings is there before the window forgets it.
+        step = min(rows * tokens, STEP_TOKENS) if tokens > window else 0
+        held = rows * min(tokens + answer, window + 16) + step
+        needs.append(sliding * held + full * rows * (tokens + answer))
+    return max(4, math.ceil(1.15 * max(needs) / 2**30))
 
 
-def fitting(kind: str, layers: int, engines: int, gigabytes: float) -> int:
+def fitting(
+    kind: str, layers: int, engines: int, gigabytes: float, level: str = "serving"
+) -> int:
     """Return how many layers there can be on a GPU, at least a period of them.
 
     Args:
@@ -606,6 +695,7 @@ def fitting(kind: str, layers: int, engines: int, gigabytes: float) -> int:
         layers: At most so many.
         engines: That share the GPU.
         gigabytes: Its memory, in 1e9.
+        level: A key of ``BENCHES``.
 
     Raises:
         RuntimeError: Not even a period fits.
@@ -614,7 +704,7 @@ def fitting(kind: str, layers: int, engines: int, gigabytes: float) -> int:
 
     def needed(count: int) -> float:
         # Activations of a step, kernels and graphs.
-        rest = 4.5 + kv_gib(kind, count) * 2**30 / 1e9
+        rest = 4.5 + kv_gib(kind, count, level) * 2**30 / 1e9
         return real_gemma4.gigabytes(kind, count) + rest
 
     period = real_gemma4.period(kind)
@@ -678,10 +768,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workloads", type=lambda text: text.split(";"), help=help)
     help = "divide lengths and prompts by this (default: 1, 64 on CPU)"
     parser.add_argument("--shrink", type=int, help=help)
-    help = "most runs of each (default: 7 of a workload, 9 of a prefill)"
+    help = "most runs of each (default: 7 of a workload, 25 of a prefill)"
     parser.add_argument("--repeat", type=int, help=help)
-    help = "after so long there are no more runs, but five of a prefill and three of a"
-    help += " workload (default: 15 of a workload, 6 of a prefill)"
+    help = "after so long there are no more runs, but five of a prefill and two or"
+    help += " three of a workload (default: 15 of a workload, 6 of a prefill)"
     parser.add_argument("--seconds", type=float, help=help)
     help = f"of {', '.join(FORMS)} (default: the first three, on CPU two of them)"
     parser.add_argument("--forms", type=lambda text: text.split(","), help=help)
@@ -708,7 +798,7 @@ def main(argv: list[str] | None = None) -> int:
 
     cuda = torch.cuda.is_available()
     args.shrink = args.shrink or (1 if cuda else 64)
-    args.repeat = args.repeat or (7 if args.level == "serving" else 9)
+    args.repeat = args.repeat or (7 if args.level == "serving" else 25)
     if args.seconds is None:
         args.seconds = 15 if args.level == "serving" else 6
     forms = args.forms or (list(FORMS)[:3] if cuda else ["release", "patched"])
@@ -722,15 +812,16 @@ def main(argv: list[str] | None = None) -> int:
         gpu = torch.cuda.get_device_properties(0)
         device = gpu.name
         try:
-            room = fitting(args.kind, layers, len(forms), gpu.total_memory / 1e9)
+            memory = gpu.total_memory / 1e9
+            room = fitting(args.kind, layers, len(forms), memory, args.level)
         except RuntimeError as error:
             parser.exit(1, f"bench_engine: {error}\n")
         if args.layers and room < layers:
             parser.exit(1, f"bench_engine: {room} layers fit, not {layers}\n")
         layers = room
     context = CONTEXTS[-1] if args.level == "scaling" and cuda else STEP_TOKENS
-    about = {"kind": args.kind, "layers": layers, "dtype": "bfloat16"}
-    about["device"] = device
+    about: Record = {"kind": args.kind, "layers": layers, "dtype": "bfloat16"}
+    about |= {"device": device, "kv_gib": kv_gib(args.kind, layers, args.level)}
     try:
         checkpoint = write_model(args.kind, layers, cuda)
         arguments = {}
@@ -738,7 +829,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments[name] = [args.level, "--checkpoint", str(checkpoint)]
             arguments[name] += ["--form", name]
             arguments[name] += ["--context", str(context)]
-            arguments[name] += ["--kv", str(kv_gib(args.kind, layers))]
+            arguments[name] += ["--kv", str(about["kv_gib"])]
             if FORMS[name][1]:
                 arguments[name] += ["--tree", str(unpatched.unpatched_tree())]
         with worker.engines("scripts.bench_engine", arguments) as engines:

@@ -11,10 +11,12 @@ width; no image comes twice, so that nothing is found in a cache.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -33,12 +35,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from scripts import demo, real_gemma4, worker
 from scripts.bench_engine import (
     FORMS,
     IMAGE,
     SOFT_TOKENS,
+    agreement,
     attention_layers,
     fitting,
     write_model,
@@ -50,6 +54,9 @@ MOST_IMAGES = 4
 KEEPS_UP = 0.9  # of the requests, see ``pace``
 SLOW = 5.0  # times the time to the first token without load, see ``saturated``
 HOST = "127.0.0.1"
+START = 1200  # seconds in which a server must be up
+MOST_AT_ONCE = 256  # requests of a batch
+ANSWERS = 8  # requests that are compared
 
 # ``vllm serve``, after it said which vLLM it is.
 _SERVE = """
@@ -156,6 +163,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self.attention: list[str] = []
+        self.asked_again = 0.0  # images that it was given twice
 
     def start(self, options: Sequence[str]) -> None:
         """Start it and prepare its model.
@@ -215,8 +223,15 @@ class Server:
         return self.process is not None and self.process.poll() is None
 
     def _comes_up(self) -> bool:
-        """Wait until it answers, or has ended."""
+        """Wait until it answers, or has ended.
+
+        Raises:
+            RuntimeError: It does neither.
+        """
+        begin = time.perf_counter()
         while self.is_alive():
+            if time.perf_counter() - begin > START:
+                raise self.failed(f"did not come up in {START} s")
             with contextlib.suppress(OSError):
                 self.ask("/health")
                 return True
@@ -250,12 +265,45 @@ class Server:
             json.dumps(body).encode() if body is not None else None,
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             text: str = answer.read().decode()
         return text
 
+    def answer(self, seed: int, images: int, outputs: int) -> list[int]:
+        """Return the tokens that it answers greedily to a request of its own.
+
+        Args:
+            seed: Of the text and the images.
+            images: How many.
+            outputs: How many tokens.
+        """
+        content: list[dict[str, Any]] = []
+        height, width = IMAGE
+        for place in range(images):
+            buffer = io.BytesIO()
+            picture = demo.picture(width, height, 1000 + seed * MOST_IMAGES + place)
+            Image.fromarray(picture).save(buffer, "PNG")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            url = {"url": f"data:image/png;base64,{data}"}
+            content.append({"type": "image_url", "image_url": url})
+        letters = np.random.default_rng(seed).integers(33, 127, 32).tolist()
+        content.append({"type": "text", "text": "".join(map(chr, letters))})
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": outputs,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        [choice] = json.loads(self.ask("/v1/chat/completions", body))["choices"]
+        tokens: list[int] = choice["token_ids"]
+        return tokens
+
     def hits(self) -> float:
         """Return how many images and prompt tokens it has found in its caches.
+
+        Those of `same_answers` do not count.
 
         Raises:
             RuntimeError: It does not count them.
@@ -265,7 +313,7 @@ class Server:
         found = [float(line.split()[-1]) for line in lines if line.startswith(names)]
         if not found:
             raise RuntimeError(f"the {self.name} server counts no hits of its caches")
-        return sum(found)
+        return sum(found) - self.asked_again
 
     def _said(self) -> str:
         return self.log.read_text(errors="replace")
@@ -450,7 +498,8 @@ def summary(found: Mapping[str, Any], rate: float) -> dict[str, Any]:
     record |= {"seconds": found["duration"], **{key: found[key] for key in _COPIED}}
     if math.isfinite(rate):
         record["pace"] = pace(starts, latencies)
-    return record | {"ttfts": ttfts.tolist()}
+    samples = {"ttfts": ttfts, "latencies": latencies, "starts": starts}
+    return record | {name: each.tolist() for name, each in samples.items()}
 
 
 def measure(
@@ -490,7 +539,9 @@ def measure(
         count = requests(min(rate, *reached.values()) if math.isinf(rate) else rate)
         records: list[dict[str, Any]] = []
         try:
-            for server in list(asked)[:: 1 if seed % 2 else -1]:
+            # One that is saturated can only be asked for all at once.
+            able = [s for s in asked if rates or s.name not in over or rate == math.inf]
+            for server in able[:: 1 if seed % 2 else -1]:
                 record = summary(run(server, count, rate, seed), rate)
                 more = {"tree": server.name, "attention": server.attention}
                 records.append(more | record)
@@ -514,7 +565,9 @@ def measure(
         yield from records
 
 
-def server_options(checkpoint: str, api_servers: int, cuda: bool) -> list[str]:
+def server_options(
+    checkpoint: str, api_servers: int, cuda: bool, kv_gib: int = 0
+) -> list[str]:
     """Return the options of ``vllm serve``, the model first.
 
     Args:
@@ -522,6 +575,7 @@ def server_options(checkpoint: str, api_servers: int, cuda: bool) -> list[str]:
         api_servers: Its processes that speak HTTP and prepare images: one alone would
             be what saturates, in any tree.
         cuda: Whether there is a GPU.
+        kv_gib: GiB of KV cache on it.
     """
     limits = {"image": MOST_IMAGES, "video": 0, "audio": 0}
     options = [
@@ -535,8 +589,46 @@ def server_options(checkpoint: str, api_servers: int, cuda: bool) -> list[str]:
     if not cuda:
         return [*options, "--enforce-eager"]
     # The other servers use the GPU, too: free memory says nothing.
-    memory = ["--kv-cache-memory-bytes", str(8 << 30)]
-    return [*options, *memory, "--gpu-memory-utilization", "0.1"]
+    memory = ["--kv-cache-memory-bytes", str(kv_gib << 30)]
+    memory += ["--gpu-memory-utilization", "0.1"]
+    # Fewer graphs start sooner.
+    sizes = [1 << i for i in range(MOST_AT_ONCE.bit_length())]
+    graphs = json.dumps({"cudagraph_capture_sizes": sizes})
+    most = ["--max-num-seqs", str(MOST_AT_ONCE), "--compilation-config", graphs]
+    return [*options, *memory, *most]
+
+
+def room(kind: str, layers: int, servers: int, gigabytes: float) -> int:
+    """GiB of KV cache that each of so many servers of a GPU can have, 32 at most.
+
+    Args:
+        kind: A key of ``real_gemma4.TEXTS``.
+        layers: Of its language model.
+        servers: That share the GPU.
+        gigabytes: Its memory, in 1e9.
+    """
+    left = 0.94 * gigabytes / servers - real_gemma4.gigabytes(kind, layers) - 4.5
+    return max(4, min(int(left * 1e9 / 2**30), 32))
+
+
+def same_answers(asked: Sequence[Server], load: Load) -> dict[str, dict[str, Any]]:
+    """Ask all servers the same, one request at a time; hold them against the first.
+
+    Returns:
+        The agreement of each by its name, the first one's of what it says twice.
+    """
+    first = asked[0]
+
+    def answers(server: Server) -> list[list[int]]:
+        return [server.answer(i, load.most, load.outputs) for i in range(ANSWERS)]
+
+    expected = answers(first)
+    found = {}
+    for server in asked:
+        same = agreement(answers(server), expected)
+        found[server.name] = {**same, "with": first.name}
+        server.asked_again = server.hits()
+    return found
 
 
 def _rates(text: str) -> list[float]:
@@ -581,8 +673,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, help=help)
     help = "divide texts and answers by this (default: 1, 16 on CPU)"
     parser.add_argument("--shrink", type=int, help=help)
-    help = "processes of a server that speak HTTP (default: half the cores, 8 at most,"
-    help += " 1 on CPU)"
+    help = "processes of a server that speak HTTP (default: a quarter of the cores, 8"
+    help += " at most, 1 on CPU)"
     parser.add_argument("--api-servers", type=int, help=help)
     help = "a folder with a model, in the place of one of KIND"
     parser.add_argument("--checkpoint", type=Path, help=help)
@@ -600,7 +692,7 @@ def main(argv: list[str] | None = None) -> int:
     if least < 3:
         parser.error("--requests: fewer than 3 have no rate")
     cores = len(os.sched_getaffinity(0))
-    api_servers = args.api_servers or (min(max(cores // 2, 1), 8) if cuda else 1)
+    api_servers = args.api_servers or (min(max(cores // 4, 1), 8) if cuda else 1)
     load = WORKLOADS[args.workload]
     shrink = args.shrink or (1 if cuda else 16)
     load = dataclasses.replace(
@@ -614,29 +706,33 @@ def main(argv: list[str] | None = None) -> int:
         return offer(server, tokenizer, load, count, rate, seed)
 
     try:
-        layers = args.layers or 1
-        if cuda and not args.layers:
-            gpu = torch.cuda.get_device_properties(0)
-            layers = fitting(args.kind, 12, len(forms), gpu.total_memory / 1e9)
+        layers, kv_gib = args.layers or 1, 0
+        if cuda:
+            gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
+            if not args.layers:
+                layers = fitting(args.kind, 12, len(forms), gigabytes)
+            kv_gib = room(args.kind, layers, len(forms), gigabytes)
         checkpoint = args.checkpoint or write_model(args.kind, layers, cuda)
         text = json.loads((checkpoint / "config.json").read_text())["text_config"]
         about = {
             "kind": args.checkpoint.name if args.checkpoint else args.kind,
             "layers": text["num_hidden_layers"],
             "workload": args.workload,
+            "kv_gib": kv_gib,
         }
-        options = server_options(str(checkpoint), api_servers, cuda)
+        options = server_options(str(checkpoint), api_servers, cuda, kv_gib)
         with (
             tempfile.TemporaryDirectory() as folder,
             servers(forms, options) as asked,
         ):
             tokenizer = real_gemma4.write_tokenizer(Path(folder))
-            first = 1.0 if cuda else 0.25
+            first = 2.0 if cuda else 0.25
             for server in asked:
                 # What is compiled when it is first needed, of large batches and small.
                 run(server, 4 * least if cuda else least, math.inf, 0)
                 if cuda:
                     run(server, least, 2 * first, 1000)
+            same = same_answers(asked, load)
             print("\n{kind}, {layers} layers, {workload}\n".format(**about))
             print(
                 f"{'offered':>8} {'tree':<9} {'answered':>9} {'seconds':>7}"
@@ -646,7 +742,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             for record in measure(asked, args.rates, first, requests, run):
                 print(_line(record), flush=True)
-                worker.keep(args.json, about | record)
+                agreed = {"agreement": same[record["tree"]]}
+                worker.keep(args.json, about | record | agreed)
     except (OSError, RuntimeError) as error:
         print(f"bench_rates: {error}", file=sys.stderr)
         return 1

@@ -44,6 +44,8 @@ ENGINE_PAIRS = (
     ),
     ("patched", "fa3"),
 )
+# So many requests say whether greedy tokens differ.
+LEAST_REQUESTS = 8
 # So many MiB more are worth a line.
 LEAST_MIB = 16
 LAYER_PAIRS = (
@@ -125,10 +127,18 @@ def compare(
 
 
 def _fewer(ours: Record, theirs: Record) -> bool:
-    """Return whether a share of requests is smaller by more than two deviations."""
-    shares: list[float] = [same["first"] / same["requests"] for same in (ours, theirs)]
+    """Return whether a share of requests is smaller by more than two deviations.
+
+    Few requests say nothing. One more of either kind keeps a share of all or none from
+    having no deviation.
+    """
+    if min(ours["requests"], theirs["requests"]) < LEAST_REQUESTS:
+        return False
+    shares: list[float] = [
+        (same["first"] + 1) / (same["requests"] + 2) for same in (ours, theirs)
+    ]
     variances = [
-        share * (1 - share) / same["requests"]
+        share * (1 - share) / (same["requests"] + 2)
         for share, same in zip(shares, (ours, theirs), strict=True)
     ]
     return bool(shares[1] - shares[0] > 2 * sqrt(sum(variances)))

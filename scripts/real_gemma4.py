@@ -120,7 +120,8 @@ def gigabytes(kind: str, layers: int, vocabulary: int = 262144) -> float:
     attention = 256 * 2 * (heads + sizes["num_key_value_heads"])
     one = hidden * (mlp + attention + 2 * per_layer) + vocabulary * per_layer
     tower = 0.6e9 if "head_dim" in TOWERS[kind] else 0.1e9
-    count: float = layers * one + hidden * vocabulary + tower
+    # The embedding and the output layer, see ``write``.
+    count: float = layers * one + 2 * hidden * vocabulary + tower
     return 2 * count / 1e9
 
 
@@ -145,8 +146,14 @@ def write(
     layout = {"e4b": "e2b", "12b": "12b"}.get(kind, kind)
     ids = tiny_gemma4.save_processor(Path(path), 280, unified=layout == "12b")
     sections = {
-        # As much as the real ones have.
-        "text": {"max_position_embeddings": 262144, **text},
+        "text": {
+            # As much as the real ones have.
+            "max_position_embeddings": 262144,
+            # Not as the real ones: with random weights every token would be followed
+            # by itself, or two by one another, whatever attention makes of them.
+            "tie_word_embeddings": False,
+            **text,
+        },
         "vision": vision or {},
     }
     config = tiny_gemma4.config(layout, ids, 280, "bfloat16", sections)
@@ -188,10 +195,9 @@ def fill(model: Any) -> None:
         with torch.inference_mode():
             if value.ndim >= 2:
                 value.normal_(0, value.shape[-1] ** -0.5)
-            elif name.endswith("language_model.model.norm.weight"):
-                # The output layer has the embedding's weights: without signs every
-                # token would be followed by itself, whatever attention makes of it.
-                value.bernoulli_(0.5).mul_(2).sub_(1)
+            elif name.endswith(("_min", "_max")):
+                # The bounds of clipped linears.
+                value.fill_(-10.0 if name.endswith("_min") else 10.0)
             elif name.startswith("language_model.") and ".post_" in name:
                 value.fill_(0.1)
             else:
@@ -201,21 +207,24 @@ def fill(model: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def noise(shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
-    """A tensor of normal values, the same for the same shape."""
+def noise(shape: tuple[int, ...], seed: int, dtype: Any, device: Any) -> Any:
+    """A tensor of normal values, the same for the same shape and seed."""
     import torch
 
-    random = torch.Generator(device).manual_seed(shape[0])
+    random = torch.Generator(device).manual_seed(1000 * shape[0] + seed)
     return torch.randn(shape, dtype=dtype, device=device, generator=random)
 
 
 def varied(features: Iterable[Any]) -> list[Any]:
-    """Other features in the place of a tower's, those of an image all unlike.
+    """Other features in the place of a tower's, all unlike.
 
     Random weights make like features of all patches, and all tokens of an image would
-    go to the same experts. Images of a length get the same ones, in every tree.
+    go to the same experts. In every tree the same ones, by the place in a batch.
     """
-    return [noise(tuple(item.shape), item.dtype, item.device) for item in features]
+    return [
+        noise(tuple(item.shape), place % 32, item.dtype, item.device)
+        for place, item in enumerate(features)
+    ]
 
 
 def vary_features(model: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from scripts import console, plots
-from scripts.bench import JOBS, read
+from scripts.bench import JOBS, benchmarks, read
 from scripts.console import ROOT, Failure, say, show
 from scripts.not_better import not_better
 from scripts.pull_request import pull_request
@@ -44,6 +44,8 @@ from scripts.results import (
 )
 
 RESULTS = ROOT / "docs" / "benchmarks"
+# What greedy tokens are held against where nothing else is said.
+REFERENCE = "triton"
 # The profiler takes time, too: if kernels and gaps take so many times as long as
 # without it, the gaps are its own.
 PROFILED = 1.2
@@ -101,6 +103,15 @@ def missing(device: Device) -> list[str]:
     return [job.name for job in jobs if job.name not in there]
 
 
+def earlier(device: Device) -> list[str]:
+    """Return the jobs that other code of their benchmark ran than is there now."""
+    return [
+        job
+        for job, run in device.jobs.items()
+        if run.head.get("benchmarks") != benchmarks(run.head["command"][0])
+    ]
+
+
 def agreement(found: Record | None) -> list[str]:
     """Return two cells: first tokens, and tokens before the first difference."""
     if not found:
@@ -108,6 +119,10 @@ def agreement(found: Record | None) -> list[str]:
     first = f"{found['first']:,} of {found['requests']:,}"
     if found.get("nats") is not None:
         first += f", {found['nats']:.3f} nats"
+    if causal := found.get("causal"):
+        first += f"; causal images {agreement(causal)[0]}"
+    if found.get("with", REFERENCE) != REFERENCE:
+        first += f" ({found['with']})"
     return [
         first,
         f"{found['equal']:,} of {found['tokens']:,}",
@@ -441,7 +456,8 @@ def step(device: Device) -> list[str]:
             is the release on that backend, *patched, FA3 and FA4* the patched tree with
             FA3 for the heads that it has. The engines run eager, without compilation
             and graphs. Behind the tokens, nats are the largest difference of log
-            probabilities from those on Triton, of the likeliest tokens.
+            probabilities from those on Triton, of the likeliest tokens; *causal images*
+            says what both are where images attend as text does, which is wrong.
         """),
         *figures(device, "step"),
         *lines,
@@ -488,7 +504,9 @@ def serving(device: Device) -> list[str]:
             are new. Dummy weights in so many layers of the real widths: with fewer than
             the whole model's the tower and the host weigh more. Texts for throughput
             are of some ninety unlike tokens, and the language model gets noise for a
-            tower's features, which random weights make too much alike.
+            tower's features, which random weights make too much alike. Chats of
+            throughput are read and their images prepared in one process of the host,
+            which is much of their time.
         """),
         *figures(device, "serving"),
         *lines,
@@ -517,7 +535,7 @@ def rates(device: Device) -> list[str]:
             ]
             heads = ["offered, req/s", "tree", "achieved, req/s", "output, tok/s"]
             heads += ["TTFT, ms", "TTFT p99, ms", "TPOT, ms", "TPOT p99, ms"]
-            heads += ["whole request, ms", "failed"]
+            heads += ["whole request, ms", "failed", "first tokens", "tokens"]
             lines += [
                 f"Load: {load}. The highest rate kept: {', '.join(best)}.",
                 "",
@@ -531,13 +549,14 @@ def rates(device: Device) -> list[str]:
         *prose("""
             A server of each tree, asked by `vllm bench serve`: the same requests at the
             same times, each rate twice the one before until both are saturated, and at
-            last all at once. TTFT is the time to the first token, median with
-            quartiles; TPOT that of each one after it, median. A rate is kept by a
-            server that it does not saturate: no request fails, answers come about as
-            fast as requests, the median wait for the first token is at most five times
-            the shortest, and with more to do it has answered as many (`saturated` in
-            scripts/bench_rates.py). There is one run of each: quartiles are of its
-            requests.
+            last all at once. What is saturated is not asked for more. Greedy tokens are
+            of requests with images that are sent alone, before. TTFT is the time to the
+            first token, median with quartiles; TPOT that of each one after it, median.
+            A rate is kept by a server that it does not saturate: no request fails,
+            answers come about as fast as requests, the median wait for the first token
+            is at most five times the shortest, and with more to do it has answered as
+            many (`saturated` in scripts/bench_rates.py). There is one run of each:
+            quartiles are of its requests.
         """),
         *figures(device, "rates"),
         *lines,
@@ -557,6 +576,7 @@ def _rate(record: Record) -> list[str]:
             for what in ("p99_ttft", "median_tpot", "p99_tpot", "median_e2el")
         ),
         f"{record['failed']:,} of {asked:,}",
+        *agreement(record.get("agreement")),
     ]
 
 
@@ -642,7 +662,7 @@ def _powers(
             ("memory", sizes if has_memory else []),
         ):
             if found := fit(points):
-                said.append(f"{part} {found.words} (exponent {found.exponent:.2f})")
+                said.append(f"{part} {found.words} ({found.text})")
         if said:
             lines.append(f"* {names.get(form, form)}: {', '.join(said)}")
     return [*lines, ""] if lines else []
@@ -697,10 +717,13 @@ def write(devices: Sequence[Device]) -> str:
         *prose("""
             Greedy tokens are held against those of the release on Triton: how many
             requests begin with the same token, and how many tokens are the same before
-            the first that is not. Weights are random, so that two tokens are often as
-            good as tied and rounding decides; what follows is another text then. A dash
-            is where they were not compared. That answers are right is for `make test`
-            to say, which holds them against Hugging Face's in float32.
+            the first that is not. Its own are of a second run, which says how much of
+            a difference is of batches that differ from run to run. Where it was not
+            measured they are held against the release as it is, named in brackets.
+            Weights are random, so that two tokens are often as good as tied and
+            rounding decides; what follows is another text then. That answers are right
+            is for `make test` to say, which holds them against Hugging Face's in
+            float32.
         """),
     ]
     for device in devices:
@@ -710,8 +733,10 @@ def write(devices: Sequence[Device]) -> str:
         if device.dropped:
             jobs = ", ".join(device.dropped)
             lines += [f"Only an older tree has results of: {jobs}.", ""]
-        if jobs := ", ".join(device.other_code):
+        if jobs := ", ".join(earlier(device)):
             lines += [f"Made by earlier code of the benchmarks: {jobs}.", ""]
+        if jobs := ", ".join(device.partial):
+            lines += [f"Ended before all was measured: {jobs}.", ""]
         if jobs := ", ".join(missing(device)):
             lines += [f"Not measured here yet: {jobs}.", ""]
         for section in SECTIONS:

@@ -118,11 +118,12 @@ class Run:
 
 @dataclass
 class Device:
-    """A GPU or processor, and the runs that were made on it.
+    """A GPU or processor, and the runs of a release that were made on it.
 
     Args:
-        name: the GPU's, or the processor's with its cores.
-        jobs: the runs by job, all of one release and tree.
+        name: the GPU's, or the processor's with its cores; with the release where
+            there are several.
+        jobs: the runs by job, all of one tree.
         dropped: jobs that have only runs of others.
         folder: where its plots are, from the text.
     """
@@ -138,14 +139,9 @@ class Device:
         return max(self.jobs.values(), key=lambda run: str(run.head["time"]))
 
     @property
-    def other_code(self) -> list[str]:
-        """The jobs that other benchmarks ran than the newest run."""
-        newest = self.newest.head.get("benchmarks")
-        return [
-            job
-            for job, run in self.jobs.items()
-            if run.head.get("benchmarks") != newest
-        ]
+    def partial(self) -> list[str]:
+        """The jobs that ended before all was measured."""
+        return [job for job, run in self.jobs.items() if "partial" in run.head]
 
     @property
     def stem(self) -> str:
@@ -174,10 +170,10 @@ class Device:
 
 
 def latest(lines: Iterable[Record], folder: str) -> list[Device]:
-    """Return the last run of each job, by device.
+    """Return the last run of each job, by device and release.
 
-    Of each device, only runs of the release and tree that were measured last: numbers
-    of different ones do not belong in one text.
+    Of each, only runs of the tree that was measured last: numbers of different ones do
+    not belong in one text. A run that did not end well counts where there is no other.
 
     Args:
         lines: those of all files of results.
@@ -186,14 +182,14 @@ def latest(lines: Iterable[Record], folder: str) -> list[Device]:
     Raises:
         Failure: records come without a line that says what they were made on.
     """
-    found: dict[str, list[Run]] = {}
+    found: dict[tuple[str, str], list[Run]] = {}
     current: Run | None = None
     for line in lines:
         if "command" in line:
             current = Run(line, [])
             machine = line["machine"]
             name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
-            found.setdefault(name, []).append(current)
+            found.setdefault((name, line["release"]), []).append(current)
         elif current is None or line.get("job") != current.head["job"]:
             raise Failure(
                 f"records of {line.get('job')} do not say what they were made on",
@@ -202,14 +198,19 @@ def latest(lines: Iterable[Record], folder: str) -> list[Device]:
         else:
             current.records.append(line)
     devices = []
-    for name, runs in found.items():
+    names = [name for name, _ in found]
+    for (name, release), runs in found.items():
+        if names.count(name) > 1:
+            name += f", vLLM {release}"
         # Of two at the same time the last line counts.
         runs.sort(key=lambda run: str(run.head["time"]))
-        made_on = [(run.head["release"], run.head["tree"]) for run in runs]
         # In the order in which they were measured first.
         of_job: dict[str, Run] = {}
-        for run, on in zip(runs, made_on, strict=True):
-            if on == made_on[-1]:
+        for run in runs:
+            if run.head["tree"] != runs[-1].head["tree"]:
+                continue
+            other = of_job.get(run.head["job"])
+            if other is None or "partial" in other.head or "partial" not in run.head:
                 of_job[run.head["job"]] = run
         jobs = dict.fromkeys(run.head["job"] for run in runs)
         dropped = [job for job in jobs if job not in of_job]
@@ -384,14 +385,25 @@ def kept(records: Iterable[Record]) -> float | None:
 
 @dataclass(frozen=True)
 class Power:
-    """y = factor * x ** exponent."""
+    """y = factor * x ** exponent, of so many points.
+
+    `error` is the standard error of the exponent, None of two points.
+    """
 
     factor: float
     exponent: float
+    points: int
+    error: float | None = None
 
     def __call__(self, x: float) -> float:
         """Return y."""
         return float(self.factor * x**self.exponent)
+
+    @property
+    def text(self) -> str:
+        """The exponent, how sure it is and of how many points."""
+        sure = "" if self.error is None else f" ± {self.error:.2f}"
+        return f"exponent {self.exponent:.2f}{sure} of {self.points} points"
 
     @property
     def words(self) -> str:
@@ -418,7 +430,12 @@ def fit(points: Iterable[tuple[float, float]]) -> Power | None:
     if len({x for x, _ in logs}) < 2:
         return None
     slope, start = statistics.linear_regression(*zip(*logs, strict=True))
-    return Power(math.exp(start), slope)
+    error = None
+    if len(logs) > 2:
+        middle = statistics.fmean(x for x, _ in logs)
+        rest = sum((y - start - slope * x) ** 2 for x, y in logs) / (len(logs) - 2)
+        error = math.sqrt(rest / sum((x - middle) ** 2 for x, _ in logs))
+    return Power(math.exp(start), slope, len(logs), error)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

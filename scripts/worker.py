@@ -95,12 +95,13 @@ class Process:
         if not line:
             self.process.wait()
             self.log.seek(0)
-            said = self.log.read()[-5000:].decode(errors="replace")
-            sys.stderr.write(said)
-            # The last exception says most: what follows are those of its callers.
-            errors = re.findall(
-                r"(?m)^(?:\(.*?\) )?(?:[\w.]*(?:Error|Exception): )(.+)$", said
-            )
+            said = self.log.read()[-50000:].decode(errors="replace")
+            sys.stderr.write(said[-5000:])
+            # In a process below this one the first exception says most, in this one the
+            # last: what follows are those of its callers.
+            kind = r"[\w.]*(?:Error|Exception): (.+)$"
+            errors = re.findall(rf"(?m)^\(\w+ pid=\d+\) ERROR .*?\] {kind}", said)[:1]
+            errors = errors or re.findall(rf"(?m)^(?:\(.*?\) )?{kind}", said)
             reason = errors[-1] if errors else f"exit status {self.process.returncode}"
             raise RuntimeError(f"an engine died, its log is above: {reason}")
         return json.loads(line)
@@ -191,18 +192,20 @@ Name = TypeVar("Name", bound=Hashable)
 def turns(
     names: Iterable[Name], least: int, most: int = 0, seconds: float = math.inf
 ) -> Iterator[list[Name]]:
-    """Yield the order of each turn: in each another name is the first.
+    """Yield the order of each turn, every second one the other way round.
 
     A GPU's clock falls as it gets hot: nothing has a time to itself, none is always
-    the first. There are ``most`` turns, or ``least`` if ``seconds`` have passed.
+    the first nor always behind the same one. There are ``most`` turns, or ``least`` if
+    ``seconds`` have passed.
     """
     order = list(names)
     begin = time.perf_counter()
     for turn in range(max(least, most)):
         if turn >= least and time.perf_counter() - begin > seconds:
             return
-        first = turn % max(len(order), 1)
-        yield order[first:] + order[:first]
+        first = turn // 2 % max(len(order), 1)
+        turned = order[first:] + order[:first]
+        yield turned[:: -1 if turn % 2 else 1]
 
 
 def by_turns(

@@ -43,24 +43,33 @@ def test_workloads_are_options_of_vllm(name: str, shrink: int) -> None:
 class FakeEngine:
     """Answers like an engine: the first time is slow."""
 
-    def __init__(self, tokens: list[list[int]]) -> None:
+    def __init__(self, *tokens: list[list[int]]) -> None:
         self.seeds: list[int] = []
-        self.tokens = tokens
+        self.tokens = list(tokens)
 
     def __call__(
-        self, method: str, bench: str, options: list[str], seed: int, greedy: bool
-    ) -> dict[str, Any]:
-        turn = len(self.seeds)
+        self,
+        method: str,
+        bench: str = "",
+        options: list[str] = [],  # noqa: B006
+        seed: int = 0,
+        greedy: bool = False,
+    ) -> Any:
+        if method == "preempted":
+            return 3
+        if greedy:
+            if not self.seeds:
+                self.seeds.append(seed)
+            return {"seconds": 100.0, "answered": self.tokens.pop(0)}
         self.seeds.append(seed)
-        found: dict[str, Any] = {"seconds": 100.0 if turn == 0 else float(turn)}
-        assert greedy == (turn == 0)
-        return found | ({"answered": self.tokens} if greedy else {})
+        return {"seconds": float(len(self.seeds) - 1)}
 
 
 @pytest.mark.parametrize("images", [False, True])
 def test_serving_leaves_the_warm_up_out(images: bool) -> None:
     engines = {
-        "triton": FakeEngine([[1, 2, 3], [4, 5, 6]]),
+        # It answers twice.
+        "triton": FakeEngine([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 9]]),
         "patched": FakeEngine([[1, 2, 9], [9, 5, 6]]),
     }
     options = ["--batch-size", "2"] + (["random-mm"] if images else [])
@@ -70,15 +79,26 @@ def test_serving_leaves_the_warm_up_out(images: bool) -> None:
     assert [record["tree"] for record in records] == ["triton", "patched"]
     first = 2.0 if images else 1.0
     for record in records:
-        assert record["prompts"] == 2
+        assert (record["prompts"], record["preempted"]) == (2, 3)
         assert record["samples"] == {"seconds": [first, first + 1, first + 2]}
         assert record["median"] == first + 1
-    counts = {"requests": 2, "tokens": 6}
-    assert records[0]["agreement"] == counts | {"first": 2, "equal": 6}
+    counts = {"requests": 2, "tokens": 6, "with": "triton"}
+    assert records[0]["agreement"] == counts | {"first": 2, "equal": 5}
     assert records[1]["agreement"] == counts | {"first": 1, "equal": 2}
     # No image is seen twice.
     seeds = [0, 1, 2, 3, 4] if images else [0] * 4
     assert all(engine.seeds == seeds for engine in engines.values())
+
+
+def test_long_workloads_have_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_engine, "LONG", -1)
+    engines: Any = {"release": FakeEngine([[1, 2]], [[1, 3]])}
+    given = (engines, "a", "latency", ["--batch-size", "1"], 7, 0.0)
+    [record] = bench_engine.serve(*given)
+    assert record["samples"]["seconds"] == [1.0, 2.0]
+    # Without Triton the release is what answers are held against.
+    assert record["agreement"]["with"] == "release"
+    assert record["agreement"]["equal"] == 1
 
 
 def test_answers_that_repeat_a_token_are_refused() -> None:
@@ -115,13 +135,33 @@ def test_turns(least: int, seconds: float, turns: int) -> None:
 
     calls = {name: functools.partial(note, name) for name in "abc"}
     found = worker.by_turns(calls, least, 5, seconds)
-    assert "".join(order) == "abcbcacababcbca"[: 3 * turns]
+    assert "".join(order) == "abccbabcaacbcab"[: 3 * turns]
     assert found == {name: [name] * turns for name in "abc"}
 
 
 def test_turns_without_a_limit() -> None:
     assert worker.by_turns({"a": lambda: 1}, 3) == {"a": [1, 1, 1]}
     assert worker.by_turns({}, 3) == {}
+
+
+def test_what_workloads_ask_for() -> None:
+    found = {
+        name: bench_engine.demand(options)
+        for name, (_, options) in bench_engine.workloads(1).items()
+    }
+    assert found["1,024 in, 1,024 out"] == (32, 1024, 1024)
+    assert found["128 in, 128 out, 8 at once"] == (8, 128, 128)
+    assert found["chat, 4 images"] == (16, 256 + 4 * 282, 64)
+    assert found["chat, 1 video"] == (16, 256 + 16 * 80, 64)
+
+
+def test_all_requests_have_room_in_the_cache() -> None:
+    # 32 requests of 2,048 tokens: ten layers of 16 heads of 256 that keep the last
+    # 1,024, and two of four heads of 512, keys and values in bfloat16.
+    least = 32 * (10 * 1024 * 4 * 16 * 256 + 2 * 2048 * 4 * 4 * 512)
+    assert least < bench_engine.kv_gib("31b", 12) * 2**30 < 1.5 * least
+    # A step and the longest context need other sizes.
+    assert bench_engine.kv_gib("26b", 30, "step") * 2**30 > 5 * 131072 * 4 * 2 * 512
 
 
 @pytest.mark.parametrize("kind", real_gemma4.TEXTS)
@@ -132,9 +172,11 @@ def test_layers_that_fit(kind: str) -> None:
     assert few == whole or few % real_gemma4.period(kind) == 0
     with pytest.raises(RuntimeError, match="ask for fewer --forms"):
         bench_engine.fitting(kind, whole, 4, 1)
-    # With what it says it is about as large as its name.
+    # It is about as large as its name, and has an output layer of its own.
     sizes = {"e2b": 10.2, "e4b": 16, "12b": 24, "26b": 52, "31b": 62}
-    assert real_gemma4.gigabytes(kind, whole) == pytest.approx(sizes[kind], rel=0.1)
+    head = 2 * 262144 * real_gemma4.TEXTS[kind]["hidden_size"] / 1e9
+    found = real_gemma4.gigabytes(kind, whole) - head
+    assert found == pytest.approx(sizes[kind], rel=0.1)
 
 
 @pytest.mark.parametrize("kind", real_gemma4.TEXTS)
@@ -160,6 +202,7 @@ def test_checkpoint(kind: str, tmp_path: Path) -> None:
     assert types.count("full_attention") == len(types) // real_gemma4.period(kind)
     images = None if kind.startswith("e") else "vision"
     assert config.text_config.use_bidirectional_attention == images
+    assert not config.text_config.tie_word_embeddings
     unified = config.architectures == ["Gemma4UnifiedForConditionalGeneration"]
     assert unified == (kind == "12b")
 
@@ -172,6 +215,9 @@ def test_requests_have_the_tokens() -> None:
     assert len(ids) + 3 * (bench_engine.SOFT_TOKENS + 1) == 1000
     assert len(made["multi_modal_data"]["image"]) == 3
     assert image not in (ids[0], ids[-1])
+    # What is answered attends to the last one, whatever the window.
+    long = bench_engine._request(9000, 1, image, seed=2)["prompt_token_ids"]
+    assert len(long) - long.index(image) == 65
     assert "multi_modal_data" not in bench_engine._request(1000, 0, image, seed=2)
 
 
@@ -187,3 +233,9 @@ def test_both_trees_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {record["tree"] for record in records} == {"release", "patched"}
     assert len(records) == 8
     assert all(record["median"] > 0 for record in records)
+    for record in records:
+        if record["variant"] in ("text", "images"):
+            same = record["agreement"]
+            assert (same["with"], same["requests"]) == ("release", 1)
+            is_control = (record["tree"], record["variant"]) == ("release", "images")
+            assert ("causal" in same) == is_control

@@ -87,7 +87,7 @@ def test_server_options_are_options_of_vllm(
     from vllm.v1.worker.gpu_worker import Worker
 
     path = str(checkpoint("26b"))
-    options = bench_rates.server_options(path, 2, cuda)
+    options = bench_rates.server_options(path, 2, cuda, 8)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
     assert args.api_server_count == 2
     args.model = args.model_tag  # as ``vllm serve`` does
@@ -95,6 +95,11 @@ def test_server_options_are_options_of_vllm(
     assert args.model_tag == path and engine.load_format == "dummy"
     assert engine.limit_mm_per_prompt["image"] == bench_rates.MOST_IMAGES
     assert engine.enable_prefix_caching is False
+    assert engine.kv_cache_memory_bytes == (8 << 30 if cuda else None)
+    assert engine.max_num_seqs == (bench_rates.MOST_AT_ONCE if cuda else None)
+    if cuda:
+        sizes = engine.compilation_config.cudagraph_capture_sizes
+        assert (sizes[0], sizes[-1]) == (1, engine.max_num_seqs)
     extension = resolve_obj_by_qualname(engine.worker_extension_cls)
     assert extension is bench_rates.Extension
     # vLLM refuses one that has names of the worker's.
@@ -197,18 +202,25 @@ def rising(
 
 def test_rates_rise_until_all_are_saturated() -> None:
     records, runs = rising({"slow": 3.0, "fast": 10.0})
-    rates = [1.0, 2.0, 4.0, 8.0, 16.0, None]
-    assert [r["rate"] for r in records] == [rate for rate in rates for _ in range(2)]
+    assert [(r["tree"], r["rate"]) for r in records] == [
+        *(("slow", 1.0), ("fast", 1.0), ("fast", 2.0), ("slow", 2.0)),
+        *(("slow", 4.0), ("fast", 4.0)),
+        # What is saturated is not asked for more.
+        *(("fast", 8.0), ("fast", 16.0)),
+        *(("fast", None), ("slow", None)),
+    ]
     saturated = {(r["tree"], r["rate"]) for r in records if r.get("saturated")}
-    assert saturated == {("slow", 4.0), ("slow", 8.0), ("slow", 16.0), ("fast", 16.0)}
-    # By turns, the same requests of both, never the same twice.
-    assert [name for name, *_ in runs[:4]] == ["slow", "fast", "fast", "slow"]
-    pairs = list(zip(runs[::2], runs[1::2], strict=True))
-    assert all(one[1:] == other[1:] for one, other in pairs)
-    assert len({one[3] for one, _ in pairs}) == len(pairs)
-    assert [one[1] for one, _ in pairs[:-1]] == [20, 40, 80, 160, 320]
+    assert saturated == {("slow", 4.0), ("fast", 16.0)}
+    # The same requests of both, never the same twice.
+    of_rate: dict[float, set[tuple[int, int]]] = {}
+    for _, count, rate, seed in runs:
+        of_rate.setdefault(rate, set()).add((count, seed))
+    assert all(len(asked) == 1 for asked in of_rate.values())
+    [counts, seeds] = zip(*(asked.pop() for asked in of_rate.values()), strict=True)
+    assert len(set(seeds)) == len(seeds)
+    assert counts[:-1] == (20, 40, 80, 160, 320)
     # All at once: what the slow one answers in the time.
-    assert 50 <= pairs[-1][0][1] <= 60
+    assert 50 <= counts[-1] <= 60
     assert "saturated" not in records[-1] and "pace" not in records[-1]
     assert all(len(r["ttfts"]) == r["completed"] for r in records)
 
@@ -277,9 +289,12 @@ child = subprocess.Popen(["sleep", "600"])
 open({pids!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_response(200)
         self.end_headers()
-        text = json.dumps({{"results": [about]}})
+        text = json.dumps(
+            {{"results": [about], "choices": [{{"token_ids": [1, 2]}}]}}
+        )
         if self.path == "/metrics":
             text = 'vllm:mm_cache_hits_total{{engine="0"}} 2.0\\n'
             text += 'vllm:prefix_cache_hits_total{{engine="0"}} 1.0\\n'
@@ -337,6 +352,11 @@ def test_server_is_asked_and_ended(
         server.start([])
         assert server.attention == ABOUT["attention"]
         assert server.hits() == 3.0
+        same = bench_rates.same_answers([server], Load(1, 2, 8, 2))
+        counts = {"requests": 8, "first": 8, "tokens": 16, "equal": 16}
+        assert same == {name: counts | {"with": name}}
+        # Its own images are those that it was asked twice.
+        assert server.hits() == 0.0
         pids = (tmp_path / "pids").read_text().split()
         assert len(pids) == 2 and not any(map(is_gone, pids))
     finally:
@@ -440,3 +460,7 @@ def test_server_of_the_release(
         tokens = record["output_throughput"] / record["request_throughput"]
         assert tokens == pytest.approx(4)
         assert set(record) >= {f"p99_{name}_ms" for name in ("ttft", "tpot", "e2el")}
+        assert len(record["latencies"]) == len(record["starts"]) == record["completed"]
+        same = record["agreement"]
+        assert (same["with"], same["requests"], same["tokens"]) == ("release", 8, 32)
+        assert same["equal"] == 32

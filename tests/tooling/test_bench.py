@@ -72,7 +72,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         "device": lambda: "cuda",
         "tree": lambda _: state.tree,
         "machine": lambda *_: {"gpu": state.gpu, "gpus": 1, "versions": {}},
-        "benchmarks": lambda: state.benchmarks,
+        "benchmarks": lambda _: state.benchmarks,
         "revision": lambda: "commit",
         "busy": lambda: "",
     }.items():
@@ -135,18 +135,62 @@ def test_failed_job(
         jobs = [*bench.JOBS["cuda"]]
         jobs[1] = Job("b 1", ("job", "empty"), 0.1)
         monkeypatch.setattr(bench, "JOBS", {"cuda": jobs})
-    with pytest.raises(Failure, match=r"^b 1: nothing was measured: .*tries them"):
+    with pytest.raises(Failure, match=r"^b 1: not all was measured: .*tries them"):
         bench.bench("cuda")
     assert toy.runs == ["a", name, "c"]
-    assert {line["job"] for line in toy.lines} == {"a 1", "c 1"}
+    jobs = {line["job"] for line in toy.lines}
+    assert jobs == {"a 1", "c 1"} | ({"b 1"} if how == "fail" else set())
     said = capsys.readouterr().err
     assert ("a reason" if how == "fail" else "no records") in said
     if how == "fail":
+        # What it had measured is kept, but it is tried again.
+        assert [line.get("partial") for line in toy.lines if "command" in line] == [
+            None,
+            "exit status 3",
+            None,
+        ]
         (toy.folder / "fail-b").unlink()
         bench.bench("cuda")
         assert toy.runs == ["b"]
-        # Not what the failed run had written.
-        assert len(toy.lines) == 9
+        assert len(toy.lines) == 12
+        bench.bench("cuda")
+        assert toy.runs == []
+
+
+def test_what_has_no_results_comes_first(
+    toy: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEVEL", "a,b")
+    bench.bench("cuda")
+    assert toy.runs == ["a", "b"]
+    monkeypatch.delenv("LEVEL")
+    toy.benchmarks = "changed"
+    bench.bench("cuda")
+    assert toy.runs == ["c", "a", "b"]
+
+
+def test_code_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    for name, text in {
+        "bench_a": "from scripts import worker\n",
+        "bench_b": "",
+        "worker": "from scripts.demo import x\n",
+        "demo": "",
+        "console": "",
+    }.items():
+        (tmp_path / "scripts" / f"{name}.py").write_text(text)
+
+    def changed(name: str) -> tuple[bool, bool]:
+        before = [bench.benchmarks(f"scripts.bench_{one}") for one in "ab"]
+        with (tmp_path / "scripts" / f"{name}.py").open("a") as file:
+            file.write("# more\n")
+        after = [bench.benchmarks(f"scripts.bench_{one}") for one in "ab"]
+        return before[0] != after[0], before[1] != after[1]
+
+    assert changed("demo") == (True, False)
+    assert changed("bench_b") == (False, True)
+    assert changed("console") == (False, False)
 
 
 def command_lines() -> Iterator[bytes]:
@@ -230,9 +274,14 @@ def test_what_uses_the_gpu(
 def test_job_that_hangs(toy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     (toy.folder / "hang-b").touch()
     monkeypatch.setattr(bench, "TIMES", 0.05)
-    with pytest.raises(Failure, match="b 1: nothing was measured"):
+    with pytest.raises(Failure, match="b 1: not all was measured"):
         bench.bench("cuda")
-    assert {line["job"] for line in toy.lines} == {"a 1", "c 1"}
+    assert {line["job"] for line in toy.lines if "partial" not in line} >= {
+        "a 1",
+        "c 1",
+    }
+    [head] = [line for line in toy.lines if "partial" in line]
+    assert head["job"] == "b 1" and head["partial"].startswith("no end in 0.05 times")
 
 
 def test_jobs_measure_this_release_beside_this_clone(

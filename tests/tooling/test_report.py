@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from scripts import bench, not_better, plots, report, results
+from scripts.bench import benchmarks
 from scripts.console import Failure
 
 Record = dict[str, Any]
@@ -79,6 +80,9 @@ def serving(workload: str, bench: str, **medians: float) -> list[Record]:
     ]
 
 
+OF_RATES = {"first": 7, "requests": 8, "equal": 400, "tokens": 512, "with": "release"}
+
+
 def rate(tree: str, offered: float | None, wait: float, **more: Any) -> Record:
     return {
         **{"kind": "26b", "layers": 12, "tree": tree, "workload": "chat, 1 image"},
@@ -145,7 +149,8 @@ def jobs() -> dict[str, list[Record]]:
             rate("release", 2.0, 400.0, saturated=True),
             rate("patched", 2.0, 25.0),
             rate("release", None, 4000.0, output_throughput=700.0),
-            rate("patched", None, 2000.0, output_throughput=1400.0, failed=3),
+            rate("patched", None, 2000.0, output_throughput=1400.0, failed=3)
+            | {"agreement": OF_RATES},
         ],
         "scaling images": [
             *scaling(
@@ -229,15 +234,17 @@ vLLM v1.0.0, 2026-01-02, commit ccccccccc; 2 cores of a CPU; torch 2.0.
 2.00 (1.96 to 2.04) | 63 of 64 | 1,000 of 1,024 |
 
 Load: chat, 1 image. The highest rate kept: release 1 req/s, patched 2 req/s.
-| 2 | release | 2.00 | 500 | 400 (300 to 500) | 1,200 | 7.00 | 8.00 | 600 | 0 of 32 |
+| 2 | release | 2.00 | 500 | 400 (300 to 500) | 1,200 | 7.00 | 8.00 | 600 | 0 of 32 \
+| - | - |
 | all at once | patched | 9.00 | 1,400 | 2,000 (1,500 to 2,500) | 6,000 | 7.00 | 8.00 \
-| 600 | 3 of 35 |
+| 600 | 3 of 35 | 7 of 8 (release) | 400 of 512 |
 
 ### Images in a batch: tower of 26B-A4B and 31B, 27 layers
 | 8 | release | 8,000 (7,200 to 8,800) | 8.00 |
-* release: time grows with the square (exponent 2.00), memory hardly grows (exponent \
-0.00)
-* patched: time grows linearly (exponent 1.00), memory grows linearly (exponent 1.00)
+* release: time grows with the square (exponent 2.00 of 2 points), memory hardly grows \
+(exponent 0.00 of 2 points)
+* patched: time grows linearly (exponent 1.00 of 2 points), memory grows linearly \
+(exponent 1.00 of 2 points)
 * release, images 16: no memory
 | 70 | patched | 100 (90.0 to 110) | 1.00 | 3.2e-02 |
 | 50% | patched | 600 (540 to 660) | 12.0 | 1.20 |
@@ -398,9 +405,29 @@ def test_one_tree_a_device() -> None:
     assert f"Only an older tree has results of: {', '.join(device.dropped)}." in text
     [device] = results.latest([*lines, older, record], "benchmarks")
     assert (set(device.jobs), device.dropped) == (set(jobs()), [])
-    other = head("other", release="v0", time="2026-01-01T00:00:00Z")
-    [device] = results.latest([*lines, other], "benchmarks")
-    assert device.dropped == ["other"]
+
+
+def test_one_release_a_device() -> None:
+    lines = lines_of(jobs())
+    other = head("host", release="v0", time="2026-01-03T00:00:00Z")
+    record = {"job": "host", "case": "c", "variant": "v", "median": 5.0}
+    devices = results.latest([*lines, other, record], "benchmarks")
+    names = ["a GPU, vLLM v1.0.0", "a GPU, vLLM v0"]
+    assert [device.name for device in devices] == names
+    assert [len(device.jobs) for device in devices] == [len(jobs()), 1]
+    assert len({device.stem for device in devices}) == 2
+
+
+def test_a_run_that_did_not_end_well() -> None:
+    lines = lines_of(jobs())
+    broken = head("host", time="2026-01-03T00:00:00Z", partial="exit status 1")
+    [device] = results.latest([*lines, broken], "benchmarks")
+    assert device.partial == []
+    assert "Ended before" not in report.write([device])
+    lines = [line for line in lines if line["job"] != "host"]
+    [device] = results.latest([*lines, broken], "benchmarks")
+    assert device.partial == ["host"]
+    assert "\nEnded before all was measured: host.\n" in report.write([device])
 
 
 def test_what_was_measured_elsewhere_says_so() -> None:
@@ -422,12 +449,14 @@ def test_what_was_measured_elsewhere_says_so() -> None:
 
 def test_other_code_of_the_benchmarks() -> None:
     found = {name: jobs()["tower 26b"] for name in ("tower 26b", "tower a", "tower b")}
-    lines = lines_of(found | {"host": jobs()["host"]}, benchmarks="new")
+    now = benchmarks("scripts.bench")
+    lines = lines_of(found | {"host": jobs()["host"]}, benchmarks=now)
     assert "earlier code" not in text_of(lines)
     for line in lines:
         if line["job"] in ("tower 26b", "host") and "command" in line:
             line |= {"benchmarks": "old", "time": "2026-01-01T00:00:00Z"}
     text = text_of(lines)
+    assert now != benchmarks("scripts.bench_tower")
     assert text.count("earlier code") == 1
     assert "\nMade by earlier code of the benchmarks: tower 26b, host.\n" in text
 
@@ -682,6 +711,7 @@ def test_fit(
     assert (found is None) == (exponent is None)
     if found and exponent is not None:
         assert found.exponent == pytest.approx(exponent, abs=1e-9)
+        assert f"of {found.points} points" in found.text
         x, y = max(points)
         assert found(x) == pytest.approx(y)
         assert found.words == words
@@ -745,7 +775,7 @@ def test_writes_beside_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.jsonl"
-    older = head("other", release="v0", time="2026-01-01T00:00:00Z")
+    older = head("other", tree="u", time="2026-01-01T00:00:00Z")
     lines = [*lines_of(jobs()), older]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setenv("RESULTS", str(file))
