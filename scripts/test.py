@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,8 +45,10 @@ DRAW = (
 )
 IMAGES = ("stop_sign.jpg", "cherry_blossom.jpg")
 
-# A tiny checkpoint stands in for the one that upstream's tests name.
+# A tiny checkpoint stands in for those that upstream's tests name. Of the second only
+# its configuration and its processor, which is Gemma4's, are asked for.
 REDIRECT = "google/gemma-4-E2B-it"
+DIFFUSION = "google/diffusiongemma-26B-A4B-it"
 
 
 @dataclass
@@ -115,6 +118,18 @@ def command(python: Path, report: Path, what: list[str]) -> list[str]:
     return [str(python), *pytest, f"--junitxml={report}", *what]
 
 
+def arguments() -> list[str]:
+    """Return what `ARGS=` adds to pytest's command line.
+
+    Raises:
+        Failure: its quotes do not match.
+    """
+    try:
+        return shlex.split(console.option("ARGS"))
+    except ValueError as error:
+        raise Failure(f"ARGS={console.option('ARGS')} ({error})", "mend it") from None
+
+
 def environ() -> dict[str, str]:
     """Return the variables that tests run with."""
     return {k: v for k, v in os.environ.items() if k not in _OWN}
@@ -143,13 +158,12 @@ def pytest(
     stem = re.sub(r"\W+", "-", what[0] if len(what) == 1 else f"{tally.name}-all")
     report, log = reports / f"{stem}.xml", reports / f"{stem}.log"
     report.unlink(missing_ok=True)
-    more = shlex.split(console.option("ARGS"))
     say(f"  {what[0] if len(what) == 1 else f'{len(what)} files'}")
     start = time.monotonic()
     with (
         log.open("w") as out,
         subprocess.Popen(
-            command(python, report, [*what, *more]),
+            command(python, report, [*what, *arguments()]),
             cwd=cwd,
             env=environ() | (env or {}),
             stdout=out,
@@ -197,7 +211,7 @@ def checkpoint(target: Host) -> dict[str, str]:
     source = (ROOT / "scripts" / "tiny_gemma4.py").read_text()
     stamp = path.with_name(path.name + ".py")
     redirect = path.with_name("redirect.json")
-    if not stamp.exists() or stamp.read_text() != source + DRAW:
+    if not stamp.exists() or stamp.read_text() != source + DRAW + DIFFUSION:
         console.remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         console.logged(
@@ -220,13 +234,31 @@ def checkpoint(target: Host) -> dict[str, str]:
                 BUILD / "tiny.log",
                 "drawing an image",
             )
-        redirect.write_text(json.dumps({REDIRECT: str(path)}))
-        stamp.write_text(source + DRAW)
+        names = {REDIRECT: str(path), DIFFUSION: str(_diffusion(path))}
+        redirect.write_text(json.dumps(names))
+        stamp.write_text(source + DRAW + DIFFUSION)
     return {
         "VLLM_MODEL_REDIRECT_PATH": str(redirect),
         "VLLM_ASSETS_CACHE": str(path.parent),
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def _diffusion(source: Path) -> Path:
+    """Make a checkpoint of DiffusionGemma without weights from one of Gemma4."""
+    path = source.with_name("diffusion")
+    console.remove(path)
+    others = shutil.ignore_patterns("*.safetensors*", "config.json")
+    shutil.copytree(source, path, ignore=others)
+    config = json.loads((source / "config.json").read_text())
+    kept = ("vision_config", "boi_token_id", "eoi_token_id", "image_token_id", "dtype")
+    made = {name: config[name] for name in kept} | {
+        "architectures": ["DiffusionGemmaForBlockDiffusion"],
+        "model_type": "diffusion_gemma",
+        "text_config": {"model_type": "diffusion_gemma_text"},
+    }
+    (path / "config.json").write_text(json.dumps(made))
+    return path
 
 
 def stage(name: str, release: Release, target: Host | None) -> Tally:
@@ -280,6 +312,9 @@ def main() -> None:
     wanted = console.option("STAGE")
     if wanted and wanted not in STAGES:
         raise Failure(f"STAGE={wanted} is unknown", f"test has {', '.join(STAGES)}")
+    # What is wrong with them is said before anything runs.
+    device()
+    arguments()
     stages = [wanted] if wanted else list(STAGES)
     tallies = []
     target = None

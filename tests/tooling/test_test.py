@@ -2,12 +2,13 @@
 """Running tests, and the Makefile around it all."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Toy
+from conftest import OURS, ROOT, Toy
 
 sys.path.insert(0, str(ROOT))
 
@@ -71,6 +72,21 @@ def test_unknown_stage(toy: Toy) -> None:
     assert "STAGE=slow is unknown" in toy.fails("test", STAGE="slow")
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "line"),
+    [
+        ("DEVICE", "tpu", "DEVICE=tpu is unknown: give cpu or cuda"),
+        ("ARGS", '-k "x', 'ARGS=-k "x (No closing quotation): mend it'),
+    ],
+)
+def test_what_is_wrong_is_said_first(toy: Toy, name: str, said: str, line: str) -> None:
+    tooling(toy, "def test_good(): pass\n")
+    for stage in ("", "tooling", "cpu"):
+        done = toy.run("test", ok=False, STAGE=stage, **{name: said})
+        assert done.stderr == f"error: {line}\n"
+    assert not toy.own.exists() and not (toy.root / "build" / "reports").exists()
+
+
 def test_touched(filled: Toy) -> None:
     filled.change("tests/a/test_b.py", "", "# SPDX\n", "A test")
     filled.change("tests/a/utils.py", "", "# SPDX\n", "No test")
@@ -96,6 +112,16 @@ def make(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProces
     return subprocess.run(
         ["make", *args], cwd=cwd, env=clean | env, capture_output=True, text=True
     )
+
+
+def test_variables() -> None:
+    """What make exports is what tests must not inherit."""
+    rows = re.findall(r"(?m)^export (.*)$", (ROOT / "Makefile").read_text())
+    exported = set(" ".join(rows).split())
+    assert {"RELEASE", "RESULTS"} < exported
+    ends = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+    assert exported | ends == OURS
+    assert exported | ends | {"PYTHONPATH"} == runner._OWN
 
 
 def test_make_lists_the_targets() -> None:
