@@ -1,2 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Makefile calls, one module a verb."""
+
+import sys
+from types import TracebackType
+
+
+def _hook(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Say what `console.run` would, of an interrupt while modules are imported."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(INTERRUPTED, file=sys.stderr)
+    raise SystemExit(130)
+
+
+INTERRUPTED = "interrupted: nothing is lost, run the same command again"
+sys.excepthook = _hook

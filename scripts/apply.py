@@ -33,6 +33,9 @@ def open_clone(release: Release) -> tuple[Clone, str]:
     """
     if given := console.option("VLLM"):
         clone = git.find(Path(given))
+        made = clone.resolve(base_ref(release.tag))
+        if made and clone.contains("refs/heads/" + release.branch, made):
+            return clone, made
         for name in (f"refs/tags/{release.tag}", release.commit):
             base = clone.resolve(name)
             if base.startswith(release.commit):
@@ -50,6 +53,11 @@ def open_clone(release: Release) -> tuple[Clone, str]:
             f"get it there with `git fetch UPSTREAM tag {release.tag}`",
         )
     return open_own(release)
+
+
+def base_ref(name: str) -> str:
+    """Return the ref of a base that `make rebase` made where a clone has not it all."""
+    return f"refs/gemma4/base/{name}"
 
 
 def open_own(release: Release) -> tuple[Clone, str]:
@@ -124,13 +132,14 @@ def import_base(clone: Clone, release: Release, ref: str) -> None:
     ) as importer:
         out = importer.stdin
         assert out is not None
-        out.write(
-            f"feature done\ncommit {ref}\n"
-            f"author {git.NAME} <{git.EMAIL}> {EPOCH}\n"
-            f"committer {git.NAME} <{git.EMAIL}> {EPOCH}\n"
-            f"data {len(message.encode())}\n{message}\ndeleteall\n".encode()
-        )
-        with tarfile.open(path) as archive:
+        # Where git ends before, it says why.
+        with contextlib.suppress(BrokenPipeError), out, tarfile.open(path) as archive:
+            out.write(
+                f"feature done\ncommit {ref}\n"
+                f"author {git.NAME} <{git.EMAIL}> {EPOCH}\n"
+                f"committer {git.NAME} <{git.EMAIL}> {EPOCH}\n"
+                f"data {len(message.encode())}\n{message}\ndeleteall\n".encode()
+            )
             for member in archive:
                 if not member.isfile() or not member.name.startswith(stem):
                     continue
@@ -144,8 +153,7 @@ def import_base(clone: Clone, release: Release, ref: str) -> None:
                 assert body is not None
                 out.write(f"M {mode} inline {name}\ndata {member.size}\n".encode())
                 out.write(body.read() + b"\n")
-        out.write(b"done\n")
-        out.close()
+            out.write(b"done\n")
         assert importer.stderr is not None
         said = importer.stderr.read().decode(errors="replace")
     if importer.returncode:
@@ -193,6 +201,11 @@ def contents(clone: Clone, base: str, tip: str) -> list[series.Content] | None:
 def applied_ref(release: Release) -> str:
     """Return the ref that remembers the branch's tip as patches/ has it."""
     return f"refs/gemma4/applied/{release.tag}"
+
+
+def replaced_ref(name: str) -> str:
+    """Return the ref that keeps what the branch of a release was at before."""
+    return f"refs/gemma4/replaced/{name}"
 
 
 def _marker(clone: Clone) -> Path:
@@ -273,11 +286,10 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
     except GitError as error:
         marker.unlink(missing_ok=True)
         lines = str(error).splitlines()
-        there = [line.strip() for line in lines if line.startswith("\t")]
-        if there:
+        if error.files:
             raise Failure(
                 f"untracked files in {show(clone.path)} are in the way: "
-                + ", ".join(there),
+                + ", ".join(error.files),
                 "move them away",
             ) from None
         if any("index.lock" in line for line in lines):
@@ -295,7 +307,12 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
 def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) -> None:
     """Stop at a patch that does not apply, for a person to go on."""
     start = halt.good[-1] if halt.good else base
+    now, kept = clone.resolve("refs/heads/" + release.branch), ""
+    if now and now not in (base, start):
+        kept = clone.keep(now, replaced_ref(release.tag))
     switch(clone, release.branch, start)
+    if kept:
+        say(f"what was there before is {kept}")
     clone("update-ref", applied_ref(release), start)
     paths = [str(path) for path in halt.rest]
     try:
@@ -355,6 +372,13 @@ def apply(release: Release) -> Clone:
         Failure: it cannot, and the checkout is as it was.
     """
     clone, base = open_clone(release)
+    # Another project, or another worktree of the clone, has another build/.
+    with console.lock(clone.common / "gemma4"):
+        _apply(clone, base, release)
+    return clone
+
+
+def _apply(clone: Clone, base: str, release: Release) -> None:
     recover(clone)
     files = series.patches(release.patches)
     where = f"{show(clone.path)} ({release.branch})"
@@ -382,20 +406,21 @@ def apply(release: Release) -> Clone:
         clone("update-ref", applied_ref(release), now)
         changed = " (with uncommitted changes)" if clone.dirty() else ""
         say(f"already applied: {many} in {where}{changed}")
-        return clone
+        return
     refuse_unready(clone)
     if not same:
         refuse_unexported(clone, release.branch, base, applied_ref(release))
     if halt:
         _continue(clone, release, base, halt)
-        return clone
+        return
+    kept = ""
+    if now and not same and now != base:
+        kept = clone.keep(now, replaced_ref(release.tag))
     switch(clone, release.branch, now if same else tip)
     clone("update-ref", applied_ref(release), now if same else tip)
     say(f"applied {many} to {where}, {tip[:12]}")
-    if now and not same and now != base:
-        clone("update-ref", replaced := f"refs/gemma4/replaced/{release.tag}", now)
-        say(f"what was there before is {replaced}")
-    return clone
+    if kept:
+        say(f"what was there before is {kept}")
 
 
 def main() -> None:

@@ -94,7 +94,8 @@ def probe(python: Path, release: Release) -> Host:
         raise Failure(f"PYTHON={python} does not run ({error.strerror})", ask) from None
     if done.returncode:
         raise Failure(f"PYTHON={python} is no working Python", ask)
-    found, layers, version = json.loads(done.stdout)
+    # The last line: what its site-packages print at the start is above.
+    found, layers, version = json.loads(done.stdout.splitlines()[-1])
     if tuple(version) < (3, 11):
         raise Failure(f"PYTHON={python} is Python {version[0]}.{version[1]}", ask)
     if not found:

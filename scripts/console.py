@@ -18,6 +18,8 @@ import typer
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from scripts import INTERRUPTED
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 
@@ -78,14 +80,12 @@ def lock(folder: Path = BUILD) -> Iterator[None]:
 
 
 @contextmanager
-def scratch(inside: Path | None = BUILD) -> Iterator[Path]:
-    """Give a folder that is gone afterwards.
+def scratch() -> Iterator[Path]:
+    """Give a folder under `build/` that is gone afterwards.
 
-    Args:
-        inside: where to make it; None for the system's place. Under `build/` the
-            lock must be held, so that what a killed run left is cleared.
+    The lock must be held, so that what a killed run left is cleared.
     """
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=inside) as made:
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=BUILD) as made:
         yield Path(made)
 
 
@@ -150,7 +150,7 @@ def run(main: Callable[..., None]) -> None:
     except GitError as error:
         _end(f"error: {error.failure()}", 1)
     except KeyboardInterrupt:
-        _end("interrupted: nothing is lost, run the same command again", 130)
+        _end(INTERRUPTED, 130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _end(f"error: no space left for {error.filename or 'files'}: free some", 1)
@@ -189,8 +189,18 @@ def make(words: str) -> str:
 
 
 def enabled(name: str) -> bool:
-    """Return whether a variable of the Makefile's command line is set to yes."""
-    return option(name) in ("1", "yes", "true")
+    """Return whether a variable of the Makefile's command line is set to yes.
+
+    Raises:
+        Failure: it is set to neither yes nor no.
+    """
+    said = option(name).lower()
+    if said not in ("", "0", "no", "false", "1", "yes", "true"):
+        raise Failure(
+            f"{name}={option(name)} is neither yes nor no",
+            f"give {name}=1, or leave it out",
+        )
+    return said in ("1", "yes", "true")
 
 
 def write(path: Path, text: str) -> None:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make export`: a checkout's commits as the series in patches/."""
 
+import itertools
+import shlex
+import shutil
 from pathlib import Path
 
 from scripts import console, pins, series
 from scripts.apply import applied_ref, contents, count, open_clone, refuse_unready
-from scripts.console import Failure, say, show
+from scripts.console import BUILD, Failure, say, show
 from scripts.git import Clone
 from scripts.pins import Release
 
@@ -21,7 +24,7 @@ def commits(clone: Clone, base: str, release: Release) -> list[str]:
     Raises:
         Failure: they are no line of finished commits on the release.
     """
-    where = show(clone.path)
+    where = shlex.quote(show(clone.path))
     refuse_unready(clone)
     head = (clone.dir / "HEAD").read_text().strip().removeprefix("ref: refs/heads/")
     if head != release.branch:
@@ -60,12 +63,18 @@ def export(release: Release) -> None:
         Failure: the checkout is not in a state to export; patches/ is as it was.
     """
     clone, base = open_clone(release)
+    with console.lock(clone.common / "gemma4"):
+        _export(clone, base, release)
+
+
+def _export(clone: Clone, base: str, release: Release) -> None:
     target = release.patches
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         # A run was killed between the two renames below.
         old.rename(target)
     console.remove(old)
+    console.remove(target.with_name(f".{target.name}.new"))
     listed = commits(clone, base, release)
     if not listed and any(target.glob("*.patch")):
         raise Failure(
@@ -82,8 +91,17 @@ def export(release: Release) -> None:
         before = {path.name: path.read_bytes() for path in target.glob("*.patch")}
         after = {path.name: path.read_bytes() for path in files}
         if before != after:
-            if clone.resolve(applied_ref(release)) == clone.resolve("HEAD"):
-                _refuse_unapplied(clone, base, release, listed, folder / "there")
+            applied = clone.resolve(applied_ref(release))
+            has_all = _has_all(clone, base, release, applied, folder / "there")
+            if not has_all and applied == clone.resolve("HEAD"):
+                # All of it was applied or exported before: there is nothing to
+                # write, only something to lose.
+                raise Failure(
+                    f"{show(target)} was edited since {release.branch} was made of it",
+                    f"`{console.make('apply')}` takes that in",
+                )
+            if before and not has_all:
+                say(f"what was edited there is kept in {show(_keep(target))}")
             _replace(target, made, old)
     clone("update-ref", applied_ref(release), clone.resolve("HEAD"))
     changed = [name for name in after if after[name] != before.get(name)]
@@ -118,51 +136,63 @@ def _check(
             )
 
 
-def _refuse_unapplied(
-    clone: Clone, base: str, release: Release, listed: list[str], folder: Path
-) -> None:
-    """Refuse to write over patches that say what no commit does.
+def _has_all(
+    clone: Clone, base: str, release: Release, applied: str, folder: Path
+) -> bool:
+    """Return whether the commits of a branch say all that patches/ do.
 
     Args:
         clone: where commits are made.
         base: the release's commit.
         release: the release.
-        listed: the commits, all of which were applied or exported before: there is
-            nothing to write, only something to lose.
+        applied: the branch's tip when patches/ were applied or written last.
         folder: an empty folder to work in.
-
-    Raises:
-        Failure: patches/ was edited, or `make apply` stopped at one of them.
     """
     try:
         files = series.patches(release.patches)
         there = series.derive(clone, base, files, folder)
     except Failure:
-        is_known = False
-    else:
-        said = [series.content(clone.raw(commit)) for commit in listed]
-        is_known = all(series.content(clone.raw(one)) in said for one in there)
-    if not is_known:
-        raise Failure(
-            f"{show(release.patches)} was edited since {release.branch} was made of it",
-            f"`{console.make('apply')}` takes that in",
-        )
+        # Edited, or `make apply` stopped at one of them.
+        return False
+    said = [
+        content
+        for tip in (applied, clone.resolve("HEAD"))
+        if tip
+        for content in contents(clone, base, tip) or ()
+    ]
+    return all(series.content(clone.raw(one)) in said for one in there)
 
 
 def _replace(target: Path, made: Path, old: Path) -> None:
     """Put a folder in the place of another; a kill leaves one of the two."""
     target.mkdir(parents=True, exist_ok=True)
+    # Beside it, as build/ may be on another disk.
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.copytree(made, fresh)
     for path in target.iterdir():
-        if path.suffix != ".patch":
-            (made / path.name).write_bytes(path.read_bytes())
+        if path.suffix == ".patch":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, fresh / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
     try:
         target.rename(old)
-        made.rename(target)
+        fresh.rename(target)
     except BaseException:
         if not target.exists():
             old.rename(target)
         raise
     console.remove(old)
+
+
+def _keep(target: Path) -> Path:
+    """Copy patches that no commit has to where nothing removes them."""
+    folder = BUILD / "patches"
+    names = (f"{target.name}-{number}" for number in itertools.count(1))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    shutil.copytree(target, kept)
+    return kept
 
 
 def main() -> None:

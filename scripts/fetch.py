@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import requests
 from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
-from pypi_simple.errors import NoSuchProjectError
+from pypi_simple.errors import NoSuchProjectError, UnsupportedContentTypeError
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -109,7 +109,11 @@ def fetch(file: File) -> Path:
             # The start was from another download: once more from nothing.
             part.unlink()
             _download(file, link, part, session)
-    except (requests.RequestException, ConnectionError) as error:
+    except (
+        requests.RequestException,
+        ConnectionError,
+        UnsupportedContentTypeError,
+    ) as error:
         raise Failure(
             f"{file.name} could not be fetched from {host} ({_short(error)})",
             f"check the network or pip's index-url and run this again, {by_hand}",

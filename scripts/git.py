@@ -2,6 +2,7 @@
 """git without the person's settings, hooks and variables in the way."""
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -65,6 +66,12 @@ class GitError(Exception):
     def __init__(self, said: str, at: Path) -> None:
         super().__init__(said)
         self.at = at
+
+    @property
+    def files(self) -> list[str]:
+        """The files that are in the way, as git lists them."""
+        lines = str(self).split("\n")
+        return [line.strip() for line in lines if line.startswith("\t")]
 
     @property
     def denied(self) -> str:
@@ -178,6 +185,17 @@ class Clone:
         rows = self("ls-tree", "-r", "-z", commit).split("\0")
         return {row.split("\t", 1)[1]: row.split()[2] for row in rows if row}
 
+    def keep(self, commit: str, ref: str) -> str:
+        """Keep a commit under a ref, or under the first like it that has no other.
+
+        Returns:
+            The ref's name.
+        """
+        names = itertools.chain([ref], (f"{ref}.{n}" for n in itertools.count(2)))
+        name = next(n for n in names if self.resolve(n) in ("", commit))
+        self("update-ref", name, commit)
+        return name
+
     def contains(self, tip: str, commit: str) -> bool:
         """Return whether a commit is among those that led to another."""
         try:
@@ -201,6 +219,34 @@ class Clone:
     def objects(self) -> Path:
         """Return the folder of the objects."""
         return (self.path / self("rev-parse", "--git-path", "objects")).resolve()
+
+
+def borrower(folder: Path, *lenders: Clone) -> Clone:
+    """Make a repository without files that has the objects of others.
+
+    Nothing that is made in it reaches them.
+
+    Args:
+        folder: where, not there yet.
+        lenders: the others. What the first has not, as it is a partial clone, is
+            asked of the server that it has the rest from.
+    """
+    lenders[0]("init", "-q", "--template=", "--object-format=sha1", str(folder))
+    made = Clone(folder)
+    for name in ("info", "objects/info"):
+        (made.dir / name).mkdir(parents=True, exist_ok=True)
+    stores = "".join(f"{lender.objects()}\n" for lender in lenders)
+    (made.dir / "objects/info/alternates").write_text(stores)
+    lazy = r"^(extensions\.partialclone|remote\..*\.(promisor|url|partialclonefilter))$"
+    try:
+        rows = lenders[0]("config", "--get-regexp", lazy).splitlines()
+    except GitError:
+        rows = []
+    if any(".promisor true" in row for row in rows):
+        made("config", "core.repositoryFormatVersion", "1")
+        for row in rows:
+            made("config", *row.split(" ", 1))
+    return made
 
 
 class Scratch:

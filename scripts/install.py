@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from base64 import urlsafe_b64encode
@@ -189,7 +190,9 @@ def find(given: str, version: str) -> Target:
         raise Failure(f"PYTHON={given} does not run ({error.strerror})", ask) from None
     if done.returncode:
         raise Failure(f"PYTHON={given} is no working Python", ask)
-    found: list[tuple[str, str, str, str, bool]] = json.loads(done.stdout)
+    # The last line: what its site-packages print at the start is above.
+    said = done.stdout.splitlines()[-1]
+    found: list[tuple[str, str, str, str, bool]] = json.loads(said)
     for name, has, root, info, editable in found:
         if not info and len(found) > 1:
             continue
@@ -456,7 +459,8 @@ def into(release: Release, given: str, back: bool) -> None:
         install(target, changes)
     say(
         f"applied to {where}: {len(changes)} files; "
-        f"`make install-into PYTHON={given} UNDO=1` puts the official ones back"
+        f"`{console.make(f'install-into PYTHON={shlex.quote(given)} UNDO=1')}` puts "
+        "the official ones back"
     )
 
 

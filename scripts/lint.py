@@ -18,7 +18,7 @@ from scripts import console, pins, plots, report, results, series
 from scripts.apply import open_clone
 from scripts.bench import read
 from scripts.console import BUILD, ROOT, Failure, say
-from scripts.git import Clone, GitError
+from scripts.git import Clone, GitError, borrower
 from scripts.pins import Release
 
 WIDTH = 88
@@ -394,7 +394,7 @@ class Lint:
                 elif path.read_bytes() != again.read_bytes():
                     self.report(
                         f"{path.name}: not as `make export` writes it: run "
-                        "`make apply export`"
+                        f"`{console.make('apply export')}`"
                     )
         say(f"lint: vLLM's own checks on the {len(changed)} files of the series")
         tree = checkout(clone, commits[-1], BUILD / f"lint-{release.tag}").path
@@ -419,10 +419,7 @@ def checkout(clone: Clone, tip: str, tree: Path) -> Clone:
     except GitError:
         console.remove(tree)
         # `git clone` takes no commit that no ref leads to from a shallow clone.
-        clone("init", "-q", "--template=", "--object-format=sha1", str(tree))
-        own = Clone(tree)
-        (own.dir / "objects/info").mkdir(exist_ok=True)
-        (own.dir / "objects/info/alternates").write_text(f"{clone.objects()}\n")
+        own = borrower(tree, clone)
         own("checkout", "-q", "-f", "--detach", tip)
     own("clean", "-q", "-f", "-d")
     return own

@@ -8,7 +8,6 @@ was killed goes on where it stopped.
 """
 
 import contextlib
-import itertools
 import json
 import re
 import shlex
@@ -20,13 +19,17 @@ from typing import NoReturn
 from scripts import console, fetch, git, pins, series
 from scripts.apply import (
     EPOCH,
+    OWN,
     applied_ref,
+    base_ref,
     contents,
     import_base,
     open_clone,
+    open_own,
     recover,
     refuse_unexported,
     refuse_unready,
+    replaced_ref,
     switch,
 )
 from scripts.console import BUILD, Failure, say, show
@@ -123,15 +126,16 @@ def base(clone: Clone, release: Release) -> str:
     Raises:
         Failure: it is not there and cannot be fetched.
     """
-    if not console.option("VLLM"):
-        return open_clone(release)[1]
-    own = f"refs/gemma4/base/{release.tag}"
+    if clone.path == OWN:
+        return open_own(release)[1]
+    own = base_ref(release.tag)
+    if made := clone.resolve(own):
+        return made
     for name in (f"refs/tags/{release.tag}", release.commit):
         found = clone.resolve(name)
         if found.startswith(release.commit) and not _missing(clone, found):
             return found
-    if not clone.resolve(own):
-        import_base(clone, release, own)
+    import_base(clone, release, own)
     return clone.resolve(own)
 
 
@@ -179,7 +183,7 @@ def target(clone: Clone) -> Target:
 
 def _copy(clone: Clone, theirs: Clone, commit: str) -> str:
     """Make a commit of another clone's files, without its history."""
-    ref = f"refs/gemma4/base/{commit[:12]}"
+    ref = base_ref(commit[:12])
     if made := clone.resolve(ref):
         return made
     say(f"copying the files of {commit[:12]} from {theirs.path}")
@@ -331,6 +335,12 @@ class Tree(Clone):
         listed = self("diff", "--name-only", "--diff-filter=U", "-z")
         return [name for name in listed.split("\0") if name]
 
+    def loose(self) -> str:
+        """Return a file that no commit of what is staged would have."""
+        listed = self("diff", "--name-only", "-z")
+        listed += self("ls-files", "--others", "--exclude-standard", "-z")
+        return listed.partition("\0")[0]
+
     def picking(self) -> bool:
         """Return whether a cherry-pick stopped."""
         return bool(self.resolve("CHERRY_PICK_HEAD"))
@@ -421,6 +431,12 @@ def _pick(clone: Clone, tree: Tree, state: State) -> None:
         files = tree.unmerged()
         if files:
             _stop(clone, tree, state, files)
+        if error.files:
+            raise Failure(
+                f"{state.next} could not be picked: files that git does not know are "
+                f"in the way in {show(tree.path)}: {', '.join(error.files)}",
+                f"move them away, then `{GO_ON}`",
+            ) from None
         if not tree.picking():
             line = str(error).split("\n")[0].removeprefix("error: ")
             raise Failure(
@@ -454,11 +470,15 @@ def _stop(clone: Clone, tree: Tree, state: State, files: list[str]) -> NoReturn:
         _name(clone, state.name, state.onto),
     ]
     say(f"what {state.name} changed in the files that conflict:")
+    both = []
     for name in files:
-        say(f"  {name}: {_upstream(clone, state, name)}")
-    quoted = " ".join(map(shlex.quote, files))
+        what, other = _upstream(clone, state, name)
+        say(f"  {name}: {what}")
+        # With one name alone git shows no rename.
+        both += [name, *([other] if other else [])]
+    quoted = " ".join(map(shlex.quote, both))
     say("to read it, and what the patch changes:")
-    say(f"  git -C {shlex.quote(where)} diff {' '.join(names)} -- {quoted}")
+    say(f"  git -C {shlex.quote(where)} diff -M {' '.join(names)} -- {quoted}")
     say(f"  git -C {shlex.quote(where)} show CHERRY_PICK_HEAD -- {quoted}")
     raise Failure(
         f"{state.next} conflicts with {state.name} in {', '.join(files)}",
@@ -470,13 +490,17 @@ def _name(clone: Clone, tag: str, commit: str) -> str:
     return tag if clone.resolve(f"refs/tags/{tag}") == commit else commit[:12]
 
 
-def _upstream(clone: Clone, state: State, name: str) -> str:
-    """Say in a few words what upstream did to a file between the two bases."""
+def _upstream(clone: Clone, state: State, name: str) -> tuple[str, str]:
+    """Say in a few words what upstream did to a file between the two bases.
+
+    Returns:
+        The words, and the file's other name where it was renamed.
+    """
     old, new = (
         clone("ls-tree", commit, "--", name) for commit in (state.old, state.onto)
     )
     if old == new:
-        return "nothing: the patches before this one conflict with it"
+        return "nothing: the patches before this one conflict with it", ""
     if not old or not new:
         listed = clone(
             *("diff", "--numstat", "-z", "-M", "-l20000", "--diff-filter=R"),
@@ -486,11 +510,11 @@ def _upstream(clone: Clone, state: State, name: str) -> str:
             listed[::3], listed[1::3], listed[2::3], strict=False
         ):
             if was == name:
-                return f"it is {now} there"
+                return f"it is {now} there", now
             if now == name:
-                return f"it was {was}; {_lines(stat)}"
-        return "it is gone there" if old else "it is new there"
-    return _lines(clone("diff", "--numstat", state.old, state.onto, "--", name))
+                return f"it was {was}; {_lines(stat)}", was
+        return "it is gone there" if old else "it is new there", ""
+    return _lines(clone("diff", "--numstat", state.old, state.onto, "--", name)), ""
 
 
 def _lines(stat: str) -> str:
@@ -515,9 +539,9 @@ def _settle(clone: Clone, tree: Tree, state: State) -> None:
     if head == state.tip and not state.stopped:
         _undo(tree, state, commit)
         return
-    if dirty := tree.dirty():
+    if left := [*tree.dirty(), tree.loose()][0]:
         raise Failure(
-            f"{where} has uncommitted changes in {dirty[0]}",
+            f"{where} has uncommitted changes in {left}",
             f"commit or restore them, then `{GO_ON}`",
         )
     if head == state.tip:
@@ -546,10 +570,10 @@ def _finish_pick(clone: Clone, tree: Tree, state: State, commit: str) -> None:
             f"{', '.join(files)} in {where} still conflict",
             f"mend and `git add` them, then `{GO_ON}`",
         )
-    if loose := tree("diff", "--name-only"):
+    if loose := tree.loose():
         raise Failure(
-            f"{loose.split()[0]} in {where} has changes that are not added",
-            f"`git add` or `git restore` it, then `{GO_ON}`",
+            f"{loose} in {where} has changes that are not added",
+            f"`git add` it, or restore or remove it, then `{GO_ON}`",
         )
     try:
         tree("diff", "--cached", "--check", "HEAD")
@@ -594,7 +618,8 @@ def _finish(clone: Clone, state: State) -> None:
     if now not in (state.before, state.tip):
         raise Failure(
             f"{state.branch} in {show(clone.path)} has moved meanwhile",
-            f"`git branch -m {state.branch} {state.branch}-mine`, then `{GO_ON}`",
+            f"`git -C {shlex.quote(show(clone.path))} branch -m {state.branch} "
+            f"{state.branch}-mine`, then `{GO_ON}`",
         )
     report = BUILD / "reports" / f"rebase-{state.name}.txt"
     report.parent.mkdir(exist_ok=True)
@@ -604,6 +629,9 @@ def _finish(clone: Clone, state: State) -> None:
         text = clone("range-diff", "--no-color", "--creation-factor=90", old, new)
     report.write_bytes(text.encode(errors="surrogateescape") + b"\n")
     recover(clone)
+    kept = ""
+    if now and now not in (state.onto, state.tip):
+        kept = clone.keep(now, replaced_ref(state.name))
     then = console.make(f"export RELEASE={state.name}")
     on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
     try:
@@ -616,6 +644,8 @@ def _finish(clone: Clone, state: State) -> None:
         say(f"the checkout stays where it is ({str(failure).split(': ')[0]})")
         where = shlex.quote(show(clone.path))
         then = f"git -C {where} switch {state.branch} && {then}"
+    if kept:
+        say(f"what {state.branch} was at before is {kept}")
     _end(clone, state)
     width = max(map(len, state.patches))
     for name, step in zip(state.patches, state.done, strict=True):
@@ -631,7 +661,11 @@ def _finish(clone: Clone, state: State) -> None:
     if state.name in pins.tags():
         say(f"next: {then}, which writes patches/{state.name}/")
     else:
-        say(f"next: name {state.name} in pins.toml for `make export` to write patches")
+        out = shlex.quote(show(BUILD / "patches" / state.name))
+        say(
+            f"next: git -C {shlex.quote(show(clone.path))} format-patch -o "
+            f'"$PWD"/{out} {state.onto[:12]}..{state.branch}'
+        )
 
 
 def _end(clone: Clone, state: State) -> None:
@@ -657,12 +691,6 @@ def abort(clone: Clone, state: State) -> None:
     if clone.dir != clone.common:
         # One of several worktrees.
         kept += f"-{clone.key}"
-    # What an earlier one has kept stays.
-    first = kept
-    for number in itertools.count(2):
-        if not clone.resolve(kept):
-            break
-        kept = f"{first}.{number}"
     tip = state.tip
     if tree := _open(clone, state):
         (tree.dir / "index.lock").unlink(missing_ok=True)
@@ -676,13 +704,22 @@ def abort(clone: Clone, state: State) -> None:
             )
         tip = tree.resolve("HEAD")
     if tip != state.onto:
-        clone("update-ref", kept, tip)
+        kept = clone.keep(tip, kept)
     if not tree and _seen(state):
         say(f"{show(Path(state.tree))} is no worktree any more and is left alone")
         state.tree = ""
     _end(clone, state)
     more = f"; what was done is kept as {kept}" if tip != state.onto else ""
     say(f"gave up the rebase to {state.name}: all is as it was{more}")
+
+
+def _wanted() -> str:
+    """Return the name of what `TO=` or `TO_DIR=` say, empty if they say nothing."""
+    if to := console.option("TO"):
+        return pins.load(to, "TO").tag
+    if folder := console.option("TO_DIR"):
+        return git.find(Path(folder), "TO_DIR").resolve("HEAD")[:12]
+    return ""
 
 
 def rebase(clone: Clone) -> None:
@@ -695,6 +732,8 @@ def rebase(clone: Clone) -> None:
         Failure: a person is needed; nothing is lost.
     """
     go_on, give_up = console.enabled("CONTINUE"), console.enabled("ABORT")
+    if go_on and give_up:
+        raise Failure("both CONTINUE= and ABORT= are given", "give one of them")
     release = pins.load(console.option("RELEASE"))
     state = load(clone)
     if (go_on or give_up) and not state:
@@ -702,20 +741,19 @@ def rebase(clone: Clone) -> None:
             f"no rebase is under way in {show(clone.path)}",
             f"begin one with `{console.make('rebase TO=')}`",
         )
-    if state and give_up:
-        abort(clone, state)
-        return
     if state:
-        to = console.option("TO")
+        if _wanted() not in ("", state.name):
+            raise Failure(
+                f"a rebase to {state.name} is under way",
+                f"end it with `{GO_ON}` or give it up with `{GIVE_UP}`",
+            )
+        if give_up:
+            abort(clone, state)
+            return
         if state.stopped and not go_on:
             raise Failure(
                 f"a rebase to {state.name} is under way, stopped at {state.next}",
                 f"go on with `{GO_ON}` or give it up with `{GIVE_UP}`",
-            )
-        if to and to != state.name:
-            raise Failure(
-                f"a rebase to {state.name} is under way",
-                f"end it with `{GO_ON}` or give it up with `{GIVE_UP}`",
             )
         if state.next:
             _settle(clone, _tree(clone, state), state)
@@ -730,6 +768,8 @@ def rebase(clone: Clone) -> None:
 
 def main() -> None:
     """Rebase the series."""
+    # Before the checkout is made.
+    pins.load(console.option("TO"), "TO")
     with console.lock():
         clone = checkout()
         # Another project, or another worktree of the clone, has another build/.

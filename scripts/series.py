@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts import console
 from scripts.console import Failure, show
 from scripts.git import EMAIL, NAME, Clone, GitError, Scratch
 
@@ -67,7 +68,8 @@ class Conflict(Failure):
     ) -> None:
         super().__init__(
             f"{show(patch)} does not apply to {why}",
-            "the checkout is as it was; CONTINUE=1 stops there for `git am --continue`",
+            f"the checkout is as it was; `{console.make('apply CONTINUE=1')}` stops "
+            "there for `git am --continue`",
         )
         self.good, self.rest = good, rest
 
@@ -182,7 +184,8 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
         text = fields["Subject"].encode() + b"\n\n" + message.read_bytes()
         commit = git(
             "commit-tree",
-            git("write-tree").decode().strip(),
+            # A partial clone has only what is asked for.
+            git("write-tree", "--missing-ok").decode().strip(),
             *("-p", commits[-1] if commits else base),
             data=git("stripspace", data=text),
             GIT_AUTHOR_NAME=fields["Author"],
@@ -220,7 +223,7 @@ def graft(clone: Clone, onto: str, commit: str, inside: str, folder: Path) -> st
         index += b"%s %s 0\t%s\0" % (mode, blob, name)
     git("read-tree", onto)
     git("update-index", "-z", "--index-info", data=index)
-    tree = git("write-tree").decode().strip()
+    tree = git("write-tree", "--missing-ok").decode().strip()
     date = git("show", "-s", "--format=%cI", commit).decode().strip()
     made = git(
         *("commit-tree", tree, "-p", onto),

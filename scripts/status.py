@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts import console, pins, rebase
+from scripts.apply import open_own
 from scripts.console import Failure, say
 from scripts.git import Clone, GitError, Scratch
 from scripts.lint import parse
@@ -96,6 +97,8 @@ def status() -> None:
     if state := rebase.load(clone):
         at = f"stopped at {state.next}" if state.stopped else "to be run again"
         say(f"a rebase to {state.name} is under way, {at}")
+    # Not in a person's clone: a base that it has not whole would be written there.
+    clone, old = open_own(release)
     if console.option("TO") or console.option("TO_DIR"):
         targets = [rebase.target(clone)]
     else:
@@ -109,7 +112,7 @@ def status() -> None:
             f"pins.toml has no release after {release.tag}",
             "give TO_DIR= a clone of vLLM at the commit to ask",
         )
-    files, commits = rebase.derive(clone, release, rebase.base(clone, release))
+    files, commits = rebase.derive(clone, release, old)
     rows = [[path.name] for path in files]
     for path, row in zip(files, rows, strict=True):
         row.append(parse(path.read_bytes().decode(errors="replace")).status)

@@ -21,6 +21,7 @@ from scripts.console import BUILD, Failure, say, show
 from scripts.git import Clone, GitError, Scratch
 from scripts.lint import SECTIONS, Patch, parse
 from scripts.pins import Release
+from scripts.rebase import MERGE
 
 OUT = BUILD / "upstream"
 TEMPLATE = ".github/PULL_REQUEST_TEMPLATE.md"
@@ -49,7 +50,8 @@ def names(sources: list[str]) -> Names:
     for source in sources:
         try:
             tree = ast.parse(source)
-        except SyntaxError:
+        except (SyntaxError, ValueError):
+            # The latter: bytes that are no text.
             continue
         for holder in ast.walk(tree):
             if isinstance(holder, ast.Module | ast.ClassDef):
@@ -374,7 +376,7 @@ def prepare(
         for path, commit in zip(
             kept, series.derive(clone, base, kept, folder / "derive"), strict=True
         ):
-            patch = parse(path.read_bytes().decode())
+            patch = parse(path.read_bytes().decode(errors="replace"))
             found = series.content(clone.raw(commit))
             author, _, rest = found.author.rpartition(" <")
             email, when, zone = rest.replace(">", "").split()
@@ -403,25 +405,10 @@ def _workshop(folder: Path, clone: Clone, own: Clone, start: str) -> Clone:
 
     No file of it is checked out: a merge writes only what it conflicts in.
     """
-    folder.mkdir()
-    clone("init", "-q", "--template=", "--object-format=sha1", str(folder))
-    made = Clone(folder)
-    for name in ("info", "objects/info"):
-        (made.dir / name).mkdir(parents=True, exist_ok=True)
-    stores = f"{clone.objects()}\n{own.objects()}\n"
-    (made.dir / "objects/info/alternates").write_text(stores)
+    made = git.borrower(folder, clone, own)
     (made.dir / "info/sparse-checkout").write_text("/nothing\n")
-    # What a partial clone has not, this one asks the same server for.
-    lazy = r"^(extensions\.partialclone|remote\..*\.(promisor|url|partialclonefilter))$"
-    try:
-        rows = clone("config", "--get-regexp", lazy).splitlines()
-    except GitError:
-        rows = []
-    if any(".promisor true" in row for row in rows):
-        made("config", "core.repositoryFormatVersion", "1")
-        for row in rows:
-            made("config", *row.split(" ", 1))
-    made("config", "core.sparseCheckout", "true")
+    for name, value in {**MERGE, "core.sparseCheckout": "true"}.items():
+        made("config", name, value)
     made("checkout", "-q", "--detach", start)
     return made
 
@@ -465,16 +452,32 @@ def _leave(
 ) -> None:
     """Leave a conflict to a person: a worktree of their clone in a cherry-pick."""
     shop("cherry-pick", "--abort")
-    _fetch(clone, shop, f"refs/heads/{work.branch}")
-    shop("checkout", "-q", "--detach", rest[-1])
-    _fetch(clone, shop, f"+refs/gemma4/upstream/{work.branch}")
-    clone("worktree", "add", "-q", str(work.tree), work.branch)
-    with contextlib.suppress(GitError):
-        Clone(work.tree)(
-            *("cherry-pick", *rest),
-            GIT_COMMITTER_NAME=who[0],
-            GIT_COMMITTER_EMAIL=who[1],
+    left = f"refs/gemma4/upstream/{work.branch}"
+    start, branch = f"{left}.start", f"refs/heads/{work.branch}"
+    try:
+        _fetch(clone, shop, f"+{start}")
+        shop("checkout", "-q", "--detach", rest[-1])
+        _fetch(clone, shop, f"+{left}")
+        # Only now is there anything that a person sees.
+        clone(
+            *("worktree", "add", "-q", "-b", work.branch, "--no-track"),
+            *(str(work.tree), start),
         )
+        clone("update-ref", "-d", start)
+        with contextlib.suppress(GitError):
+            Clone(work.tree)(
+                *("cherry-pick", *rest),
+                GIT_COMMITTER_NAME=who[0],
+                GIT_COMMITTER_EMAIL=who[1],
+            )
+    except BaseException:
+        # So that the same command begins anew.
+        with contextlib.suppress(GitError):
+            clone("worktree", "remove", "-f", "-f", str(work.tree))
+        console.remove(work.tree)
+        for ref in (start, left, branch):
+            clone("update-ref", "-d", ref)
+        raise
 
 
 def _place(files: list[Path], wanted: str, variable: str) -> int:
@@ -579,7 +582,11 @@ def _newer(release: Release) -> str:
 
 
 def _write_text(work: Work, template: str, taken: list[Path]) -> None:
-    patches = [parse(p.read_bytes().decode()) for p in work.files if p not in taken]
+    patches = [
+        parse(path.read_bytes().decode(errors="replace"))
+        for path in work.files
+        if path not in taken
+    ]
     needs = [f'"{patch.title}"' for patch in patches[:-1]]
     work.place.mkdir(parents=True, exist_ok=True)
     text = body(template, work.title, parts(patches[-1]), needs)
@@ -595,7 +602,7 @@ def _write_text(work: Work, template: str, taken: list[Path]) -> None:
 
 def _commands(clone: Clone, work: Work, main: str) -> str:
     """Return what a person runs, in a terminal's words."""
-    patch = parse(work.files[-1].read_bytes().decode())
+    patch = parse(work.files[-1].read_bytes().decode(errors="replace"))
     text = shlex.quote(str(work.place / "body.md"))
     words = re.sub(r"\[[^]]*\]", "", work.title).strip()
     tests = [

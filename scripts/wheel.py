@@ -165,7 +165,7 @@ def number(release: Release, changes: list[Change], bump: bool) -> int:
             "now"
             if release.number
             else f"the series of {release.tag} has no number yet",
-            "`make wheel BUMP=1` writes the next number to pins.toml",
+            f"`{console.make('wheel BUMP=1')}` writes the next number to pins.toml",
         )
     path = ROOT / "pins.toml"
     text = tomlkit.parse(path.read_text(encoding="utf-8"))
@@ -346,7 +346,7 @@ def _copy(source: ZipFile, entry: ZipInfo, out: ZipFile, name: str) -> None:
 def titles(release: Release) -> list[str]:
     """Return each patch of a release as its number and title."""
     return [
-        f"{path.name[:4]} {parse(path.read_bytes().decode()).title}"
+        f"{path.name[:4]} {parse(path.read_bytes().decode(errors='replace')).title}"
         for path in series.patches(release.patches)
     ]
 

@@ -56,6 +56,7 @@ HOSTILE = """
     useConfigOnly = true
 [commit]
     gpgsign = true
+    cleanup = strip
 [gpg]
     program = /bin/false
 [core]
@@ -218,6 +219,16 @@ class Toy:
     def files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.patches.iterdir()}
 
+    def partial(self, at: Path, path: Path, *args: str) -> Path:
+        """Clone a repository without the files that are not checked out."""
+        for name in ("allowFilter", "allowAnySHA1InWant"):
+            self.git("config", f"uploadpack.{name}", "true", at=at)
+        self.git(
+            *("clone", "-q", "--filter=blob:none", *args, f"file://{at}", str(path)),
+            at=at,
+        )
+        return path
+
     def head(self, at: Path | None = None) -> str:
         return self.git("rev-parse", "HEAD", at=at)
 
@@ -232,13 +243,15 @@ class Toy:
         self.git("commit", "-q", "-m", title, at=path)
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Another make command of this project."""
+    def at_work(self, folder: Path | None = None) -> Iterator[None]:
+        """Another make command of this project, or of one that locks the folder."""
         holder = subprocess.Popen(
             [
                 *(sys.executable, "-c"),
-                "import time; from scripts import console\n"
-                "with console.lock(): print(1, flush=True); time.sleep(60)",
+                "import pathlib, sys, time; from scripts import console\n"
+                "with console.lock(pathlib.Path(sys.argv[1])):\n"
+                "    print(1, flush=True); time.sleep(60)",
+                str(folder or self.root / "build"),
             ],
             cwd=self.root,
             stdout=subprocess.PIPE,
@@ -286,7 +299,7 @@ OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PARTIAL", "PATCH", "SINCE"),
     *("ABORT", "TO", "TO_DIR"),
-    *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH"),
+    *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH", "LEVEL", "RESULTS"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
 }
 
@@ -396,7 +409,8 @@ def index(toy: Toy) -> Iterator[Index]:
                 page = b"<a href='/files/vllm-1.0.0.tar.gz'>vllm-1.0.0.tar.gz</a>"
                 if state.mode == "absent":
                     page = b""
-                self.reply(200, page, "text/html")
+                plain = state.mode == "plain"
+                self.reply(200, page, "text/plain" if plain else "text/html")
             elif self.path.startswith("/files/"):
                 body, status = state.body, 200
                 if state.mode == "wrong":
@@ -424,6 +438,27 @@ def index(toy: Toy) -> Iterator[Index]:
     yield state
     server.shutdown()
     server.server_close()
+
+
+def instead(tmp_path: Path, word: str, script: str) -> str:
+    """Put a git in the way that does something at each call with a word.
+
+    Args:
+        tmp_path: Where to make its folder.
+        word: One of the call's arguments.
+        script: What the shell does, and then goes on to the call.
+
+    Returns:
+        What to give as PATH.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / "git").write_text(
+        f'#!/bin/bash\ncase " $* " in *" {word} "*) {script};; esac\n'
+        f'exec "{shutil.which("git")}" "$@"\n'
+    )
+    (folder / "git").chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
 def saboteur(tmp_path: Path, nth: int, kill: str, first: str) -> Path:

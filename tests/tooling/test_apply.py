@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BRANCH, TAG, Toy, saboteur
+from conftest import BRANCH, TAG, Toy, instead, saboteur
 
 ATTEMPTS = list(range(1, 60, 5))
 
@@ -69,6 +69,14 @@ def test_drifted_base(toy: Toy) -> None:
     pins = toy.root / "pins.toml"
     pins.write_text(pins.read_text().replace('base = ""', f'base = "{"1" * 40}"'))
     assert "not the pinned 111111111" in toy.fails("apply")
+
+
+def test_git_that_ends_before_it_has_all(toy: Toy, tmp_path: Path) -> None:
+    path = instead(tmp_path, "fast-import", 'echo "fatal: no room" >&2; exit 1')
+    line = toy.fails("apply", PATH=path)
+    assert "git could not make the base commit (fatal: no room)" in line
+    assert not toy.own.exists()
+    toy.run("apply")
 
 
 def test_changed_series_moves_the_branch(filled: Toy) -> None:
@@ -142,9 +150,9 @@ def test_conflict(filled: Toy) -> None:
     filled.git("branch", "-D", BRANCH)
     before = filled.head()
     break_first(filled)
-    line = filled.fails("apply")
+    line = filled.fails("apply", RELEASE=TAG)
     assert "0002-Model-W-rter.patch does not apply to vllm/b.py, hunk 1 of 1" in line
-    assert "CONTINUE=1" in line
+    assert f"`make apply CONTINUE=1 RELEASE={TAG}` stops there" in line
     assert filled.head() == before and status(filled) == ""
     assert filled.git("branch", "--list", BRANCH) == ""
 
@@ -220,17 +228,36 @@ def test_a_stop_that_is_given_up_is_not_exported(filled: Toy) -> None:
 
 def test_what_a_branch_was_is_kept(filled: Toy) -> None:
     before = filled.files()
+    kept = f"refs/gemma4/replaced/{TAG}"
+
+    def replaced() -> str:
+        """Export what is there, and apply what patches/ was before."""
+        assert "replaced" not in filled.run("export").stderr
+        for path in filled.patches.glob("*.patch"):
+            path.unlink()
+        for name, data in before.items():
+            (filled.patches / name).write_bytes(data)
+        return filled.run("apply").stderr.splitlines()[-1]
+
     filled.change("vllm/a.py", "a40 = 40\n", "a40 = 'more'\n", "More")
-    more = filled.head()
-    assert "replaced" not in filled.run("export").stderr
-    for path in filled.patches.glob("*.patch"):
-        path.unlink()
-    for name, data in before.items():
-        (filled.patches / name).write_bytes(data)
-    done = filled.run("apply")
-    assert "what was there before is refs/gemma4/replaced/v1.0.0" in done.stderr
-    assert filled.git("rev-parse", "refs/gemma4/replaced/v1.0.0") == more
-    assert filled.head() != more
+    one = filled.head()
+    assert replaced() == f"what was there before is {kept}"
+    filled.change("vllm/a.py", "a40 = 40\n", "a40 = 'yet more'\n", "More")
+    two = filled.head()
+    assert replaced() == f"what was there before is {kept}.2"
+    filled.git("reset", "-q", "--hard", one)
+    assert replaced() == f"what was there before is {kept}"
+    refs = filled.git("for-each-ref", "--format=%(objectname)", f"{kept}*")
+    assert refs.split() == [one, two] and filled.head() not in (one, two)
+
+
+def test_what_a_branch_was_is_kept_at_a_stop(filled: Toy) -> None:
+    filled.run("apply")
+    tip = filled.head()
+    break_first(filled)
+    done = filled.run("apply", ok=False, CONTINUE="1")
+    assert f"what was there before is refs/gemma4/replaced/{TAG}\n" in done.stderr
+    assert filled.git("rev-parse", f"refs/gemma4/replaced/{TAG}") == tip
 
 
 def test_continue_with_a_three_way_merge(filled: Toy) -> None:
@@ -328,6 +355,20 @@ def test_shallow_clone(filled: Toy, clone: Path) -> None:
     )
     filled.run("apply", VLLM=str(shallow))
     filled.run("export", VLLM=str(shallow))
+
+
+def test_partial_clone(filled: Toy, clone: Path) -> None:
+    """It has files of the release only when it asks its server for them."""
+    filled.change("run.sh", "", "echo\n", "later", at=clone)
+    partial = filled.partial(clone, clone.with_name("partial ü"))
+    filled.run("apply", VLLM=str(partial))
+    assert "already applied" in filled.run("apply", VLLM=str(partial)).stderr
+    assert (partial / "vllm/new.py").exists() and status(filled, partial) == ""
+    before = filled.files()
+    assert "0 written" in filled.run("export", VLLM=str(partial)).stderr
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "More", at=partial)
+    assert "1 written" in filled.run("export", VLLM=str(partial)).stderr
+    assert filled.files().items() > before.items()
 
 
 def test_dirty_clone(filled: Toy, clone: Path) -> None:
@@ -455,3 +496,13 @@ def test_two_at_once(filled: Toy) -> None:
     with filled.at_work():
         assert "another make command is at work" in filled.fails("apply")
     filled.run("apply")
+
+
+@pytest.mark.parametrize("verb", ["apply", "export"])
+def test_two_projects_on_one_clone(filled: Toy, clone: Path, verb: str) -> None:
+    filled.run("apply", VLLM=str(clone))
+    with filled.at_work(clone / ".git/gemma4"):
+        line = filled.fails(verb, VLLM=str(clone))
+    assert "another make command is at work in" in line
+    assert f"{clone}/.git/gemma4/" in line
+    filled.run(verb, VLLM=str(clone))

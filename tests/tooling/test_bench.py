@@ -138,8 +138,8 @@ def test_failed_job(
     with pytest.raises(Failure, match=r"^b 1: not all was measured: .*tries them"):
         bench.bench("cuda")
     assert toy.runs == ["a", name, "c"]
-    jobs = {line["job"] for line in toy.lines}
-    assert jobs == {"a 1", "c 1"} | ({"b 1"} if how == "fail" else set())
+    measured = {line["job"] for line in toy.lines}
+    assert measured == {"a 1", "c 1"} | ({"b 1"} if how == "fail" else set())
     said = capsys.readouterr().err
     assert ("a reason" if how == "fail" else "no records") in said
     if how == "fail":

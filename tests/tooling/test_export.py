@@ -2,6 +2,7 @@
 """Exporting: the same bytes everywhere, and nothing lost."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,16 @@ def test_reworded_reordered_and_dropped(filled: Toy) -> None:
 
 def test_other_files_of_the_folder_stay(filled: Toy) -> None:
     (filled.patches / "README").write_text("kept\n")
+    (filled.patches / "notes" / "more").mkdir(parents=True)
+    (filled.patches / "notes" / "more" / "a").write_text("kept too\n")
+    (filled.patches / "link").symlink_to("notes")
     filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "More")
     filled.run("export")
     assert (filled.patches / "README").read_text() == "kept\n"
+    assert (filled.patches / "notes" / "more" / "a").read_text() == "kept too\n"
+    assert os.readlink(filled.patches / "link") == "notes"
     assert len(list(filled.patches.glob("*.patch"))) == 4
+    assert os.listdir(filled.patches.parent) == [TAG]
 
 
 def test_no_commits_do_not_delete_patches(filled: Toy) -> None:
@@ -149,15 +156,43 @@ def test_an_edited_patch_is_not_written_over(filled: Toy) -> None:
     assert first.exists() and len(filled.files()) == 3
 
 
+@pytest.mark.parametrize("how", ["edited", "pulled", "broken"])
+def test_edited_patches_are_kept(filled: Toy, how: str) -> None:
+    """Where there is a commit to write as well."""
+    filled.run("apply")
+    path = sorted(filled.patches.glob("*.patch"))[-1]
+    text = path.read_text()
+    if how == "pulled":
+        path = path.with_name("0004-Another.patch")
+    new = {"pulled": ("new.py", "newer.py"), "broken": ("+x = 1", "?x = 1")}
+    text = text.replace(*new.get(how, ("Purpose: see", "Purpose: by hand, see")))
+    path.write_text(text)
+    edited = filled.files()
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "More")
+    done = filled.run("export")
+    assert f"what was edited there is kept in build/patches/{TAG}-1\n" in done.stderr
+    kept = filled.root / "build" / "patches" / f"{TAG}-1"
+    assert {one.name: one.read_bytes() for one in kept.iterdir()} == edited
+    assert "0004-Model-More.patch" in filled.files()
+    # And the next time beside it.
+    path.write_text(text)
+    filled.change("vllm/a.py", "a2 = 2\n", "a2 = 22\n", "Yet more")
+    assert f"kept in build/patches/{TAG}-2\n" in filled.run("export").stderr
+    assert {one.name: one.read_bytes() for one in kept.iterdir()} == edited
+    assert "kept in" not in filled.run("export").stderr
+
+
 def test_under_way_is_refused(filled: Toy) -> None:
     with pytest.raises(AssertionError):
         filled.git("rebase", "--exec", "false", TAG)
     assert "a rebase is under way" in filled.fails("export")
 
 
-def test_elsewhere_is_refused(filled: Toy) -> None:
+def test_elsewhere_is_refused(filled: Toy, clone: Path) -> None:
     filled.git("switch", "-qc", "elsewhere")
     assert "is at elsewhere, not on gemma4/v1.0.0" in filled.fails("export")
+    line = filled.fails("export", VLLM=str(clone))
+    assert f"`git -C {shlex.quote(str(clone))} switch {BRANCH}`" in line
 
 
 def test_not_on_the_release_is_refused(filled: Toy) -> None:
@@ -192,10 +227,11 @@ def test_hash_lines_and_long_subjects_survive(filled: Toy) -> None:
 
 def test_killed_between_the_renames(filled: Toy) -> None:
     before = filled.files()
+    shutil.copytree(filled.patches, filled.patches.with_name(f".{TAG}.new"))
     filled.patches.rename(filled.patches.with_name(f".{TAG}.old"))
     filled.run("export")
     assert filled.files() == before
-    assert not filled.patches.with_name(f".{TAG}.old").exists()
+    assert os.listdir(filled.patches.parent) == [TAG]
 
 
 def test_clone(filled: Toy, clone: Path) -> None:

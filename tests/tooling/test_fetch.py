@@ -80,6 +80,13 @@ def test_index_without_it(toy: Toy, index: Index) -> None:
     assert f"has no {NAME}" in toy.fails("apply")
 
 
+def test_index_that_answers_in_another_form(toy: Toy, index: Index) -> None:
+    index.mode = "plain"
+    line = toy.fails("apply")
+    assert f"{NAME} could not be fetched from 127.0.0.1" in line
+    assert "UnsupportedContentTypeError" in line and "pip's index-url" in line
+
+
 def test_no_network(toy: Toy, index: Index) -> None:
     toy.env["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"
     line = toy.fails("apply")
@@ -92,13 +99,19 @@ def test_secrets_of_the_index_are_not_printed(toy: Toy, index: Index) -> None:
     assert "secret" not in done.stderr
 
 
+def first(toy: Toy, code: str) -> None:
+    """Let every command run this first."""
+    with (toy.root / "scripts" / "__init__.py").open("a") as stream:
+        stream.write(code)
+
+
 def no_space(toy: Toy, after: str) -> None:
     """Let the disk look full."""
-    pins = toy.root / "scripts" / "__init__.py"
-    pins.write_text(
+    first(
+        toy,
         "import shutil, collections\n"
         "shutil.disk_usage = lambda path: collections.namedtuple("
-        f"'u', 'total used free')(0, 0, {after})\n"
+        f"'u', 'total used free')(0, 0, {after})\n",
     )
 
 
@@ -111,12 +124,13 @@ def test_no_space(toy: Toy, index: Index, where: str) -> None:
 
 
 def test_disk_full_while_writing(toy: Toy, index: Index) -> None:
-    (toy.root / "scripts" / "__init__.py").write_text(
+    first(
+        toy,
         "import errno, pathlib\n"
         "def full(self, *a, _open=pathlib.Path.open, **k):\n"
         "    if self.name.endswith('.part'):\n"
         "        raise OSError(errno.ENOSPC, 'No space left on device', str(self))\n"
         "    return _open(self, *a, **k)\n"
-        "pathlib.Path.open = full\n"
+        "pathlib.Path.open = full\n",
     )
     assert "no space left for" in toy.fails("apply")

@@ -3,14 +3,16 @@
 
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Toy, make_toy
+from conftest import TAG, Toy, make_toy
 from toy_wheel import ask, environment, pin, pip, series, site, wrong_rows
 
 # Runs `make install-into` in a child that ends at its nth change of a file: killed,
@@ -125,6 +127,28 @@ def test_there_and_back(project: Toy, python: Path) -> None:
     assert ask(python, "vllm.a.a10") == "10"
     done = project.run("install", PYTHON=str(python), UNDO="1")
     assert done.stderr.startswith("as installed")
+
+
+def test_way_back_that_is_named(project: Toy, python: Path) -> None:
+    before = state(python)
+    assert " " in str(python)
+    done = project.run("install", PYTHON=str(python), RELEASE=TAG)
+    words = shlex.split(done.stderr.splitlines()[-1].split("`")[1])
+    assert words[:2] == ["make", "install-into"] and f"RELEASE={TAG}" in words
+    given: dict[str, Any] = dict(word.split("=", 1) for word in words[2:])
+    project.run("install", **given)
+    assert state(python) == before
+
+
+def test_interpreter_that_prints_at_its_start(project: Toy, python: Path) -> None:
+    (site(python) / "noise.pth").write_text("import sys; print('hello')\n")
+    assert "applied to" in project.run("install", PYTHON=str(python)).stderr
+    assert "undone" in project.run("install", PYTHON=str(python), UNDO="1").stderr
+
+
+def test_neither_yes_nor_no(project: Toy, python: Path) -> None:
+    line = refused(project, python, UNDO="on")
+    assert line == "error: UNDO=on is neither yes nor no: give UNDO=1, or leave it out"
 
 
 def test_uninstall(project: Toy, python: Path) -> None:

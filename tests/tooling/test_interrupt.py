@@ -2,6 +2,8 @@
 """An interrupt in the middle of each command that test_apply and others have not."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,27 @@ if any(word.startswith("scripts.") for word in sys.orig_argv):
         spoil(shutil, name)
 """
 SIGNALS = {"INT": "2", "TERM": "15"}
+
+
+def test_while_modules_are_imported(toy: Toy) -> None:
+    """And what else can go wrong there is shown as it is."""
+    module = toy.root / "scripts" / "pins.py"
+    text = module.read_text()
+    module.write_text("raise KeyboardInterrupt\n" + text)
+    ended = toy.run("apply", ok=None)
+    line = "interrupted: nothing is lost, run the same command again\n"
+    assert (ended.returncode, ended.stderr, ended.stdout) == (130, line, "")
+    code = "import scripts; raise {}"
+    for error, status in (("KeyboardInterrupt", 130), ("ValueError('so')", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(error)],
+            cwd=toy.root,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status
+        assert ("Traceback" in done.stderr) == (status == 1)
+    assert done.stderr.endswith("\nValueError: so\n")
 
 
 def _plain(base: Path) -> Toy:

@@ -292,7 +292,7 @@ def test_series_by_typos(upstream: Toy) -> None:
 def test_series_edited_by_hand(upstream: Toy) -> None:
     path = next(upstream.patches.glob("*.patch"))
     path.write_text(path.read_text() + "-- \n2.39\n")
-    assert "not as `make export` writes it" in said(upstream)
+    assert "not as `make export` writes it: run `make apply export`" in said(upstream)
 
 
 def test_series_misnamed(upstream: Toy) -> None:
@@ -314,6 +314,23 @@ def test_upstream_status_in_the_documents(upstream: Toy) -> None:
     )
     page.write_text(head + "| 0001 | names ten | Submitted [#1] |\n")
     assert upstream.run("lint", STAGE="patches").stdout == ""
+
+
+def test_series_in_a_partial_clone(upstream: Toy, tmp_path: Path) -> None:
+    source, partial = tmp_path / "source", tmp_path / "partial"
+    more = {".pre-commit-config.yaml": CONFIG, "tools/bad.py": HOOK}
+    upstream.repository(source, TREE | more, "release")
+    pins = upstream.root / "pins.toml"
+    pins.write_text(pins.read_text().replace("0000000", upstream.head(source)[:9]))
+    for name in (*TREE, "tools/bad.py"):
+        upstream.change(name, "", "\n", "later", at=source)
+    upstream.partial(source, partial)
+    upstream.run("lint", STAGE="patches", VLLM=str(partial))
+    # And where the folder of the first time is still there.
+    upstream.change("vllm/b.py", "b1 = 1\n", "b1 = 'bad'\n", "Bad")
+    upstream.run("export")
+    done = upstream.run("lint", ok=None, STAGE="patches", VLLM=str(partial))
+    assert "0002-Model-Bad.patch: vllm/b.py:1: bad word" in done.stdout
 
 
 def test_series_that_does_not_apply(upstream: Toy) -> None:

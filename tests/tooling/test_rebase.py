@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BRANCH, TAG, TREE, Toy, release, saboteur
+from conftest import BRANCH, TAG, TREE, Toy, instead, release, saboteur
 
 NEW = "v1.1.0"
 NEW_BRANCH = f"gemma4/{NEW}"
@@ -52,6 +52,19 @@ def outcomes(said: str) -> dict[str, str]:
     """Return the summary: patch to outcome and note."""
     rows = [line.split(maxsplit=1) for line in said.splitlines() if line[:2] == "  "]
     return {row[0]: " ".join(row[1].split()) for row in rows if row[0][:2] == "00"}
+
+
+def printed(toy: Toy, said: str) -> str:
+    """Run the commands to read a conflict with; return what they show."""
+    commands = [line for line in said.splitlines() if line.startswith("  git -C")]
+    shown = [
+        subprocess.run(
+            command, shell=True, cwd=toy.root, capture_output=True, text=True
+        ).stdout
+        for command in commands
+    ]
+    assert len(shown) == 2 and all(shown)
+    return "".join(shown)
 
 
 def mend(toy: Toy, name: str = "vllm/a.py", text: str = "a10 = 'both'\n") -> None:
@@ -136,12 +149,9 @@ def test_conflict(filled: Toy) -> None:
     assert f"{FIRST} conflicts with {NEW} in vllm/a.py" in line
     assert "make rebase CONTINUE=1" in line and "ABORT=1" in line
     assert "vllm/a.py: 1 lines added, 1 removed" in done.stderr
-    # What it says to run shows upstream's change.
-    command = next(s for s in done.stderr.splitlines() if s.startswith("  git -C"))
-    shown = subprocess.run(
-        command, shell=True, cwd=filled.root, capture_output=True, text=True
-    ).stdout
-    assert "+a10 = 'upstream'" in shown
+    # What it says to run shows upstream's change, and the patch's.
+    shown = printed(filled, done.stderr)
+    assert "+a10 = 'upstream'" in shown and "+a10 = 'ten'" in shown
     assert "||||||| " in (tree(filled) / "vllm/a.py").read_text()
     # The checkout is free for other work.
     assert filled.head() == old
@@ -201,6 +211,41 @@ def test_person_commits_and_splits(filled: Toy) -> None:
         *("[Model] A new file", "[Model] Wörter"),
         *("[Model] Split off", "[Model] Name ten"),
     ]
+
+
+@pytest.mark.parametrize("how", ["added", "committed"])
+def test_file_that_is_not_added(filled: Toy, how: str) -> None:
+    """It goes with the worktree, so it is asked for first."""
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    mend(filled)
+    if how == "committed":
+        filled.git("cherry-pick", "--continue", at=tree(filled))
+    loose = tree(filled) / "vllm" / "a new.py"
+    loose.write_text("mine\n")
+    assert "vllm/a new.py" in filled.fails("rebase", CONTINUE="1")
+    assert loose.read_text() == "mine\n"
+    filled.git("add", str(loose), at=tree(filled))
+    if how == "committed":
+        assert "vllm/a new.py" in filled.fails("rebase", CONTINUE="1")
+        filled.git("commit", "-q", "--amend", "--no-edit", at=tree(filled))
+    filled.run("rebase", CONTINUE="1")
+    whole(filled)
+    assert filled.git("show", f"{NEW_BRANCH}:vllm/a new.py") == "mine"
+
+
+def test_file_in_the_way_of_a_pick(filled: Toy, tmp_path: Path) -> None:
+    upstream(filled)
+    mine = tree(filled) / "vllm" / "new.py"
+    path = instead(tmp_path, "cherry-pick", f'echo mine > "{mine}"')
+    line = filled.fails("rebase", TO=NEW, PATH=path)
+    assert f"{THIRD} could not be picked" in line
+    assert f"are in the way in build/rebase-{NEW}: vllm/new.py: move them away" in line
+    assert THIRD in filled.fails("rebase", CONTINUE="1")
+    assert mine.read_text() == "mine\n"
+    mine.unlink()
+    filled.run("rebase", CONTINUE="1")
+    whole(filled)
 
 
 def test_person_skips(filled: Toy) -> None:
@@ -316,6 +361,9 @@ def test_renamed_upstream_with_a_conflict(filled: Toy) -> None:
     upstream(filled, b=None, c=moved)
     done = filled.run("rebase", ok=False, TO=NEW)
     assert "vllm/c.py: it was vllm/b.py; 1 lines added, 1 removed" in done.stderr
+    shown = printed(filled, done.stderr)
+    assert "rename from vllm/b.py\nrename to vllm/c.py" in shown
+    assert "-b50 = 50\n+b50 = 'c'\n" in shown and "-b50 = 50\n+b50 = 'é'\n" in shown
     mend(filled, "vllm/c.py", "b50 = 'both'\n")
     filled.run("rebase", CONTINUE="1")
     assert "b50 = 'both'\n" in (filled.own / "vllm/c.py").read_text()
@@ -403,13 +451,28 @@ def test_bad_patch(filled: Toy, tmp_path: Path, verb: str, fault: str) -> None:
 def test_nowhere_to_go(filled: Toy) -> None:
     upstream(filled)
     assert f"give TO= one of {TAG}, {NEW}" in filled.fails("rebase")
+    filled.reset()
     assert "TO=v9 is unknown" in filled.fails("rebase", TO="v9")
+    assert not filled.own.exists()
     assert "is on v1.0.0 already" in filled.fails("rebase", TO=TAG)
     assert "both TO= and TO_DIR=" in filled.fails("rebase", TO=NEW, TO_DIR="x")
     assert "TO_DIR=/nowhere is no folder" in filled.fails("rebase", TO_DIR="/nowhere")
     assert "no rebase is under way" in filled.fails("rebase", CONTINUE="1")
     assert "no rebase is under way" in filled.fails("rebase", ABORT="1")
     assert "has no patches" in filled.fails("rebase", RELEASE=NEW, TO=TAG)
+
+
+@pytest.mark.parametrize("said", ["y", "on", "2"])
+def test_neither_yes_nor_no(filled: Toy, said: str) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    for name in ("ABORT", "CONTINUE"):
+        line = filled.fails("rebase", **{name: said})
+        assert f"{name}={said} is neither yes nor no: give {name}=1" in line
+    mend(filled)
+    line = filled.fails("rebase", CONTINUE="1", ABORT="1")
+    assert "both CONTINUE= and ABORT= are given" in line
+    filled.run("rebase", CONTINUE="Yes", ABORT="No")
 
 
 def test_commits_that_are_not_exported(filled: Toy) -> None:
@@ -437,25 +500,37 @@ def test_new_branch_that_moves_meanwhile(filled: Toy) -> None:
     filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "Mine")
     tip = filled.head()
     mend(filled)
-    assert f"{NEW_BRANCH} in build/vllm has moved" in filled.fails(
-        "rebase", CONTINUE="1"
-    )
+    line = filled.fails("rebase", CONTINUE="1")
+    assert f"{NEW_BRANCH} in build/vllm has moved" in line
     assert filled.git("rev-parse", NEW_BRANCH) == tip
-    filled.git("branch", "-m", NEW_BRANCH, "mine")
+    hint = line.split("`")[1]
+    subprocess.run(hint, shell=True, cwd=filled.root, check=True)
     filled.run("rebase", CONTINUE="1")
     whole(filled)
-    assert filled.git("rev-parse", "mine") == tip
+    assert filled.git("rev-parse", f"{NEW_BRANCH}-mine") == tip
 
 
 def test_exported_branch_is_made_anew(filled: Toy) -> None:
     upstream(filled)
-    filled.run("rebase", TO=NEW)
+    assert "replaced" not in filled.run("rebase", TO=NEW).stderr
     filled.run("export", RELEASE=NEW)
+    tip = filled.head()
     filled.git("switch", "-q", BRANCH)
-    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "More")
+    filled.git("reset", "-q", "--hard", "HEAD~1")
+    for number in (1, 2):
+        old, new = f"a{number} = {number}\n", f"a{number} = 11\n"
+        filled.change("vllm/a.py", old, new, f"More {number}")
     filled.run("export")
-    filled.run("rebase", TO=NEW)
-    assert "4 patches" in filled.run("export", RELEASE=NEW).stderr
+    done = filled.run("rebase", TO=NEW)
+    kept = f"refs/gemma4/replaced/{NEW}"
+    assert f"what {NEW_BRANCH} was at before is {kept}\n" in done.stderr
+    assert filled.git("rev-parse", kept) == tip
+    done = filled.run("export", RELEASE=NEW)
+    # What patches/ had, and the branch has no more, is known: nobody edited it.
+    assert "4 patches" in done.stderr and "kept in" not in done.stderr
+    # Nor is anything lost where nothing is new.
+    filled.git("switch", "-q", BRANCH)
+    assert "replaced" not in filled.run("rebase", TO=NEW).stderr
 
 
 def test_uncommitted_changes_do_not_matter(filled: Toy) -> None:
@@ -487,7 +562,7 @@ def test_hostile_settings(filled: Toy, hostile: dict[str, Any]) -> None:
     filled.git("branch", "-D", NEW_BRANCH)
     config = Path(hostile["GIT_CONFIG_GLOBAL"]).read_text()
     with (filled.own / ".git/config").open("a") as stream:
-        stream.write(config + "[merge]\n renames = false\n[commit]\n cleanup = strip\n")
+        stream.write(config + "[merge]\n renames = false\n")
     filled.run("rebase", TO=NEW, **hostile)
     assert filled.git("rev-parse", NEW_BRANCH) == wanted
 
@@ -573,6 +648,17 @@ def test_clone(filled: Toy, theirs: Path) -> None:
     assert len(list((filled.root / "patches" / NEW).iterdir())) == 3
 
 
+def export_and_again(toy: Toy, at: Path) -> None:
+    """What a rebase made its bases of, other commands take as well."""
+    where: dict[str, Any] = {"VLLM": str(at), "RELEASE": NEW}
+    assert "3 written" in toy.run("export", **where).stderr
+    assert "already applied: 3 patches" in toy.run("apply", **where).stderr
+    line = toy.fails("rebase", TO=NEW, **where)
+    assert f"the series of {NEW} is on {NEW} already" in line
+    toy.change("vllm/b.py", "b1 = 1\n", "b1 = 11\n", "More", at=at)
+    assert "1 written" in toy.run("export", **where).stderr
+
+
 def test_clone_that_is_dirty(filled: Toy, theirs: Path) -> None:
     (theirs / "vllm/b.py").write_text("mine\n")
     line = filled.fails("rebase", TO=NEW, VLLM=str(theirs))
@@ -582,33 +668,48 @@ def test_clone_that_is_dirty(filled: Toy, theirs: Path) -> None:
     assert filled.git("worktree", "list", at=theirs).count("\n") == 0
 
 
-def test_shallow_clone(filled: Toy, theirs: Path) -> None:
-    """It has the new release only: the old one is made from its sdist."""
+@pytest.mark.parametrize("has", [TAG, NEW])
+def test_shallow_clone(filled: Toy, theirs: Path, has: str) -> None:
+    """It has one release only: the other one is made from its sdist."""
     shallow = theirs.with_name("shallow ü")
     filled.git(
-        *("clone", "-q", "--depth=1", "-b", NEW, f"file://{theirs}", str(shallow)),
+        *("clone", "-q", "--depth=1", "-b", has, f"file://{theirs}", str(shallow)),
         at=theirs,
     )
     cut = (shallow / ".git/shallow").read_text()
     go_through(filled, shallow)
+    export_and_again(filled, shallow)
     assert (shallow / ".git/shallow").read_text() == cut
 
 
-def test_clone_without_blobs(filled: Toy, theirs: Path) -> None:
-    """It has neither release's old files, and where it came from is gone."""
-    filled.git("config", "uploadpack.allowFilter", "true", at=theirs)
-    partial = theirs.with_name("partial")
-    filled.git(
-        *("clone", "-q", "--filter=blob:none", "-b", NEW),
-        *(f"file://{theirs}", str(partial)),
-        at=theirs,
-    )
+@pytest.mark.parametrize("has", [TAG, NEW])
+def test_clone_without_blobs(filled: Toy, theirs: Path, has: str) -> None:
+    """It has one release's files only, and where it came from is gone."""
+    partial = filled.partial(theirs, theirs.with_name("partial"), "-b", has)
+    other = TAG if has == NEW else NEW
     missing = filled.git(
-        "rev-list", "--objects", "--missing=print", TAG, at=partial
+        "rev-list", "--objects", "--missing=print", other, at=partial
     ).count("?")
     assert missing
     theirs.rename(theirs.with_name("gone"))
     go_through(filled, partial)
+    export_and_again(filled, partial)
+
+
+def test_clone_that_gets_the_release_later(filled: Toy, theirs: Path) -> None:
+    """The branch stays on the base that it was made on."""
+    shallow = theirs.with_name("shallow")
+    filled.git(
+        *("clone", "-q", "--depth=1", "-b", TAG, f"file://{theirs}", str(shallow)),
+        at=theirs,
+    )
+    go_through(filled, shallow)
+    base = filled.git("rev-parse", f"refs/gemma4/base/{NEW}", at=shallow)
+    filled.git("fetch", "-q", "--depth=1", "origin", "tag", NEW, at=shallow)
+    export_and_again(filled, shallow)
+    filled.fails("rebase", TO=NEW, VLLM=str(shallow))
+    (made,) = (filled.root / "build").glob(f"rebase-{NEW}-*")
+    assert filled.head(made) == base != filled.git("rev-parse", NEW, at=shallow)
 
 
 def confined() -> list[str]:
@@ -645,12 +746,17 @@ def test_read_only_clone(filled: Toy, theirs: Path, verb: str) -> None:
     finally:
         for path in (theirs, *folders):
             path.chmod(0o755)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "théir clone's" in last
-    # The first is of Python, the others are of git.
-    denied = "cannot be read or written" if verb == "rebase" else "cannot be written"
-    assert denied in last
+    assert "Traceback" not in done.stderr
+    if verb == "status":
+        # It asks the project's own checkout.
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and "théir clone's" in last
+        # The first is of Python, the other of git.
+        ours = verb in ("apply", "rebase")
+        assert f"cannot be {'read or ' if ours else ''}written" in last
     assert filled.git("status", "--porcelain", at=theirs) == ""
     assert not list((filled.root / "build").glob("rebase-*"))
 
@@ -691,9 +797,15 @@ def test_to_a_commit_of_a_clone(filled: Toy, theirs: Path, how: str) -> None:
     made.rename(tree(filled))
     mend(filled)
     tree(filled).rename(made)
-    env.pop("TO_DIR")
+    if how != "whole":
+        env.pop("TO_DIR")
     done = filled.run("rebase", CONTINUE="1", **env)
-    assert "name " + commit[:12] + " in pins.toml" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("next: git -C ")
+    subprocess.run(last[6:], shell=True, cwd=filled.root, check=True)
+    written = sorted((filled.root / "build" / "patches" / commit[:12]).iterdir())
+    assert [path.name[:5] for path in written] == ["0001-", "0002-", "0003-"]
+    assert "+a10 = 'both'" in written[0].read_text()
     at = theirs if how == "own" else filled.own
     text = filled.git("show", f"gemma4/{commit[:12]}:vllm/b.py", at=at)
     assert "'newer'" in text and "'é'" in text
@@ -796,16 +908,10 @@ def test_two_at_once_on_one_clone(
     if other == "worktree":
         at = tmp_path / "linked"
         filled.git("worktree", "add", "-q", "--detach", str(at), TAG, at=theirs)
-    folder, go = tmp_path / "bin", tmp_path / "go"
-    folder.mkdir()
+    hit, go = tmp_path / "hit", tmp_path / "go"
     # The first one waits in its first pick.
-    (folder / "git").write_text(
-        f'#!/bin/bash\ncase "$*" in *cherry-pick*) touch "{folder}/hit"\n'
-        f'while [ ! -e "{go}" ]; do sleep 0.05; done;; esac\n'
-        f'exec "{shutil.which("git")}" "$@"\n'
-    )
-    (folder / "git").chmod(0o755)
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    wait = f'touch "{hit}"; while [ ! -e "{go}" ]; do sleep 0.05; done'
+    path = instead(tmp_path, "cherry-pick", wait)
     with subprocess.Popen(
         [sys.executable, "-m", "scripts.rebase"],
         cwd=filled.root,
@@ -815,7 +921,7 @@ def test_two_at_once_on_one_clone(
     ) as first:
         try:
             for _ in range(600):
-                if (folder / "hit").exists():
+                if hit.exists():
                     break
                 time.sleep(0.05)
             line = second.fails("rebase", TO=NEW, VLLM=str(at))
@@ -843,13 +949,21 @@ def test_two_at_once_on_one_clone(
     assert filled.git("for-each-ref", refs, at=theirs) == ""
 
 
-def test_two_one_after_the_other(filled: Toy) -> None:
+def test_two_one_after_the_other(filled: Toy, tmp_path: Path) -> None:
     upstream(filled, **CONFLICT)
     release(filled, "v1.2.0", edited())
     filled.fails("rebase", TO=NEW)
     line = filled.fails("rebase", TO="v1.2.0")
     assert f"a rebase to {NEW} is under way" in line and "ABORT=1" in line
     assert f"a rebase to {NEW} is under way, stopped at" in filled.run("status").stderr
+    # Whatever is asked, it is asked of another one.
+    filled.repository(tmp_path / "other", TREE, "upstream")
+    mend(filled)
+    for to in ({"TO": "v1.2.0"}, {"TO_DIR": str(tmp_path / "other")}):
+        for what in ("CONTINUE", "ABORT"):
+            line = filled.fails("rebase", **to, **{what: "1"})
+            assert f"a rebase to {NEW} is under way: end it with" in line
+    filled.run("rebase", CONTINUE="1", TO=NEW)
 
 
 # Status.

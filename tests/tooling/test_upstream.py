@@ -4,12 +4,14 @@
 import os
 import re
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from conftest import TREE, Toy, copied, make_toy, saboteur
+from conftest import MESSAGE, TREE, Toy, copied, instead, make_toy, saboteur
 
 from scripts.git import EMAIL, NAME
 
@@ -49,6 +51,9 @@ def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy.change("vllm/a.py", "a10 = 10\n", "a10 = 'ten'\n", "Name ten")
     toy.change("vllm/b.py", "b50 = 50\n", "b50 = assist()\n", "Help b")
     toy.change("vllm/a.py", "a10 = 'ten'\n", "a10 = 'TEN'\n", "Rename ten")
+    said = MESSAGE.replace("Test Plan", "# kept\n\nTest Plan")
+    said = said.format(title="Rename ten")
+    toy.git("commit", "-q", "--amend", "--cleanup=verbatim", "-m", said)
     toy.run("export")
     for path in toy.patches.glob("*.patch"):
         # As this project's patches are: by no one by name.
@@ -231,6 +236,23 @@ def test_hostile_settings(project: Toy, main: Path, hostile: dict[str, Any]) -> 
     make(project, main, "4", **hostile)
     assert project.git("rev-parse", BRANCHES["4"] + "^{tree}", at=main) == tree
     assert titles(project, main, BRANCHES["4"], "%an <%ae>") == [WHO] * 2
+    assert "# kept" in titles(project, main, BRANCHES["4"], "%B")
+
+
+def test_bytes_that_are_no_text(project: Toy, main: Path) -> None:
+    for name in ("vllm/latin.py", "vllm/a.py"):
+        with (project.own / name).open("ab") as stream:
+            stream.write(b"# \xff\n")
+        project.git("add", name)
+    project.git("commit", "-q", "-m", MESSAGE.format(title="Latin"))
+    project.run("export")
+    project.run("upstream", VLLM=str(main), PATCH="5")
+    data = subprocess.run(
+        ["git", "-C", main, "show", "gemma4-0005-latin:vllm/latin.py"],
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert data == b"# \xff\n"
 
 
 def test_nothing_is_pushed(project: Toy, main: Path, tmp_path: Path) -> None:
@@ -262,14 +284,7 @@ def test_shallow(project: Toy, main: Path, tmp_path: Path) -> None:
 
 def test_partial(project: Toy, main: Path, tmp_path: Path) -> None:
     """A clone that has not even the files of its own main yet."""
-    project.git("config", "uploadpack.allowFilter", "true", at=main)
-    project.git("config", "uploadpack.allowAnySHA1InWant", "true", at=main)
-    partial = tmp_path / "partial"
-    project.git(
-        *("clone", "-q", "--no-checkout", "--filter=blob:none", "--branch=main"),
-        *(f"file://{main}", str(partial)),
-        at=main,
-    )
+    partial = project.partial(main, tmp_path / "partial", "-n", "--branch=main")
     for name, value in (("name", "Ada"), ("email", "ada@example.invalid")):
         project.git("config", f"user.{name}", value, at=partial)
     project.run("upstream", VLLM=str(partial), PATCH="4")
@@ -360,3 +375,48 @@ def test_interrupted_anywhere(
         raise AssertionError("more calls of git than attempts")
     assert nth > 50
     assert len(titles(project, main, BRANCHES["4"])) == 2
+
+
+def test_interrupted_at_a_conflict(project: Toy, main: Path, tmp_path: Path) -> None:
+    """While it is left to a person."""
+    drift(project, main, "a10 = 11\n")
+    before = state(project, main)
+    env: dict[str, Any] = {"VLLM": str(main), "PATCH": "4", "CONTINUE": "1"}
+
+    def leave(nth: int, first: str) -> Path:
+        folder = saboteur(tmp_path, nth, "INT", first)
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        project.run("upstream", ok=None, PATH=path, **env)
+        return folder
+
+    last = (leave(1 << 20, ":") / "n").read_text().count("\n")
+    tree = project.root / "build" / "upstream" / BRANCHES["4"] / "tree"
+    project.git("worktree", "remove", "-f", str(tree), at=main)
+    project.git("branch", "-q", "-D", BRANCHES["4"], at=main)
+    left = f"refs/gemma4/upstream/{BRANCHES['4']}"
+    project.git("update-ref", "-d", left, at=main)
+    assert state(project, main) == before
+    for nth in range(last, last - 9, -1):
+        for first in (":", '"$git" "$@"'):
+            assert (leave(nth, first) / "hit").exists()
+            assert state(project, main) == before, (nth, first)
+            assert not tree.exists(), (nth, first)
+    assert "conflicts with main" in project.fails("upstream", **env)
+    assert tree.exists()
+
+
+@pytest.mark.parametrize("word", ["fetch", "worktree"])
+def test_killed_at_a_conflict(
+    project: Toy, main: Path, tmp_path: Path, word: str
+) -> None:
+    drift(project, main, "a10 = 11\n")
+    before = state(project, main)
+    env: dict[str, Any] = {"VLLM": str(main), "PATCH": "4", "CONTINUE": "1"}
+    path = instead(tmp_path, word, "kill -9 $PPID; sleep 1; exit 1")
+    done = project.run("upstream", ok=None, PATH=path, **env)
+    assert done.returncode == -signal.SIGKILL
+    assert state(project, main) | {"refs": 0} == before | {"refs": 0}
+    assert project.git("branch", "--list", "gemma4*", at=main) == ""
+    assert "conflicts with main" in project.fails("upstream", **env)
+    refs = project.git("for-each-ref", "--format=%(refname)", "refs/gemma4", at=main)
+    assert refs == f"refs/gemma4/upstream/{BRANCHES['4']}"

@@ -608,6 +608,13 @@ def test_numbers(project: Project, name: str) -> None:
     assert f"{name}=two is no number" in line
 
 
+@pytest.mark.parametrize("name", ["JOBS", "MINUTES", "FULL", "PARTIAL", "DEVICE"])
+def test_what_is_wrong_is_said_first(toy: Toy, name: str) -> None:
+    line = toy.fails("verify", **{name: "x"})
+    assert line.startswith(f"error: {name}=x is ")
+    assert not toy.own.exists()
+
+
 def test_hook_refuses_without_a_tree(project: Project) -> None:
     project.verify(PATCH="1")
     python = next(project.toy.root.glob("build/env-*-verify/bin/python"))

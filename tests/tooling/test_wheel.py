@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Toy, copied, make_toy
+from conftest import TAG, Toy, copied, make_toy
 from toy_wheel import ask, environment, official, pin, pip, series, site, wrong_rows
 
 NAMES = {
@@ -145,7 +145,20 @@ def test_first_number(project: Toy) -> None:
     pins.write_text(pins.read_text().split("# What stays")[0])
     line = project.fails("wheel", DEVICE="cpu", MACHINE="x86_64")
     assert "v1.0.0 has no number yet: `make wheel BUMP=1`" in line
+    line = project.fails("wheel", DEVICE="cpu", MACHINE="x86_64", RELEASE=TAG)
+    assert f"`make wheel BUMP=1 RELEASE={TAG}` writes" in line
     assert "+gemma4.1-" in make(project).name
+
+
+def test_bytes_that_are_no_text(project: Toy) -> None:
+    with (project.own / "vllm/a.py").open("ab") as stream:
+        stream.write(b"# \xff\n")
+    project.git("commit", "-qam", "[Model] Latin")
+    project.run("export")
+    with zipfile.ZipFile(make(project)) as made:
+        assert made.read("vllm/a.py").endswith(b"# \xff\n")
+        name = next(n for n in made.namelist() if n.endswith("/PATCHES"))
+        assert b" [Model] Latin\n" in made.read(name)
 
 
 def test_form_of_another(toy: Toy) -> None:
