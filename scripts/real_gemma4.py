@@ -182,8 +182,9 @@ def fill(model: Any) -> None:
     """Replace dummy weights, all but zero, by some that keep values of order one.
 
     Else most layers see zeros, and all tokens go to the same experts. A layer changes
-    what a token is by a tenth: if it replaced that, as random weights do, the least
-    rounding would decide which token is next, and no two kernels would agree.
+    what a token is by a tenth, its attention by three: if it replaced that, as random
+    weights do, the least rounding would decide which token is next, and no two kernels
+    would agree; and if attention did less, a wrong mask would not show.
     """
     import torch
 
@@ -199,7 +200,7 @@ def fill(model: Any) -> None:
                 # The bounds of clipped linears.
                 value.fill_(-10.0 if name.endswith("_min") else 10.0)
             elif name.startswith("language_model.") and ".post_" in name:
-                value.fill_(0.1)
+                value.fill_(0.3 if ".post_attention" in name else 0.1)
             else:
                 # Attention is not scaled by the head size.
                 narrow = name.endswith(("q_norm.weight", "k_norm.weight"))
