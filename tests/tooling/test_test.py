@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running tests, and the Makefile around it all."""
 
+import json
 import os
 import re
 import subprocess
@@ -156,3 +157,22 @@ def test_old_python_is_refused(tmp_path: Path) -> None:
 def test_no_python_is_refused() -> None:
     done = make("tools", "PYTHON3=no-such-python")
     assert "error: no no-such-python: install Python 3.11 or newer" in done.stderr
+
+
+def test_checkpoint_of_diffusion_gemma(tmp_path: Path) -> None:
+    source = tmp_path / "tiny"
+    source.mkdir()
+    ids = {"boi_token_id": 1, "eoi_token_id": 2, "image_token_id": 3}
+    config = ids | {"vision_config": {"a": 4}, "dtype": "float32", "audio_config": {}}
+    (source / "config.json").write_text(json.dumps(config))
+    for name in ("processor_config.json", "model.safetensors"):
+        (source / name).touch()
+    for _ in range(2):
+        path = runner._diffusion(source)
+        assert sorted(f.name for f in path.iterdir()) == [
+            "config.json",
+            "processor_config.json",
+        ]
+    made = json.loads((path / "config.json").read_text())
+    assert made["model_type"] == "diffusion_gemma" and "audio_config" not in made
+    assert ids.items() <= made.items() and made["vision_config"] == {"a": 4}

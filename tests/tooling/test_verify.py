@@ -40,7 +40,11 @@ def test_{name}():
 """
 TINY = """
 import pathlib, sys
-pathlib.Path(sys.argv[1]).mkdir()
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+names = ("vision_config", "boi_token_id", "eoi_token_id", "image_token_id", "dtype")
+text = ", ".join(f'"{name}": 1' for name in names)
+(folder / "config.json").write_text("{" + text + "}")
 """
 IMAGE = """
 import pathlib
