@@ -255,13 +255,6 @@ def benchmarks(module: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def done(lines: list[dict[str, Any]], job: Job, made_on: dict[str, Any]) -> bool:
-    """Return whether a job has all results of this tree, machine and benchmark."""
-    wanted = {"job": job.name, "command": list(job.command)} | made_on
-    wanted["benchmarks"] = benchmarks(job.command[0])
-    return any(wanted.items() <= line.items() for line in whole(lines))
-
-
 def whole(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the heads of runs that ended well."""
     return [line for line in lines if "command" in line and "partial" not in line]
@@ -379,6 +372,16 @@ def bench(kind: str) -> None:
             "tree": tree(clone),
             "machine": here,
         }
+        jobs = [job for job in JOBS[kind] if job.level in wanted]
+        heads = {
+            job.name: {
+                "job": job.name,
+                "command": list(job.command),
+                **made_on,
+                "benchmarks": benchmarks(job.command[0]),
+            }
+            for job in jobs
+        }
         if kind == "cuda" and not here["gpus"]:
             raise Failure(
                 f"{target.python} sees no GPU", "give PYTHON= one with vLLM for CUDA"
@@ -387,13 +390,16 @@ def bench(kind: str) -> None:
             raise Failure(
                 f"the GPU is in use: {other}", "run this when it has nothing else to do"
             )
-        lines = read(results)
-        jobs = [job for job in JOBS[kind] if job.level in wanted]
-        left = [job for job in jobs if not done(lines, job, made_on)]
+        there = whole(read(results))
+        left = [
+            job
+            for job in jobs
+            if not any(heads[job.name].items() <= line.items() for line in there)
+        ]
         if len(left) < len(jobs):
             say(f"{len(jobs) - len(left)} of {len(jobs)} jobs have results already")
         # What has none at all comes first.
-        known = {line["job"] for line in whole(lines)}
+        known = {line["job"] for line in there}
         left.sort(key=lambda job: job.name in known)
         commit = revision()
         slowness, failures = 1.0, []
@@ -418,10 +424,7 @@ def bench(kind: str) -> None:
                     "its results are dropped; run this again",
                 )
             head = {
-                "job": job.name,
-                "command": list(job.command),
-                **made_on,
-                "benchmarks": benchmarks(job.command[0]),
+                **heads[job.name],
                 "commit": commit,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begin)),
                 "seconds": round(seconds),

@@ -169,6 +169,21 @@ def test_what_has_no_results_comes_first(
     assert toy.runs == ["c", "a", "b"]
 
 
+def test_code_that_changes_while_a_job_runs(
+    toy: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = bench.run
+
+    def edited(*args: Any) -> Any:
+        toy.benchmarks = "edited"
+        return run(*args)
+
+    monkeypatch.setattr(bench, "run", edited)
+    bench.bench("cuda")
+    heads = [line for line in toy.lines if "command" in line]
+    assert [head["benchmarks"] for head in heads] == ["some"] * 3
+
+
 def test_code_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scripts").mkdir()
     monkeypatch.setattr(bench, "ROOT", tmp_path)
