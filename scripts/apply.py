@@ -304,16 +304,8 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
     marker.unlink(missing_ok=True)
 
 
-def _continue(clone: Clone, release: Release, base: str, halt: series.Conflict) -> None:
-    """Stop at a patch that does not apply, for a person to go on."""
-    start = halt.good[-1] if halt.good else base
-    now, kept = clone.resolve("refs/heads/" + release.branch), ""
-    if now and now not in (base, start):
-        kept = clone.keep(now, replaced_ref(release.tag))
-    switch(clone, release.branch, start)
-    if kept:
-        say(f"what was there before is {kept}")
-    clone("update-ref", applied_ref(release), start)
+def _continue(clone: Clone, halt: series.Conflict) -> None:
+    """Go on at a patch that does not apply, or stop there for a person to."""
     paths = [str(path) for path in halt.rest]
     try:
         clone("am", "-q", "-3", "--keep-non-patch", "--no-scissors", *paths)
@@ -410,17 +402,17 @@ def _apply(clone: Clone, base: str, release: Release) -> None:
     refuse_unready(clone)
     if not same:
         refuse_unexported(clone, release.branch, base, applied_ref(release))
-    if halt:
-        _continue(clone, release, base, halt)
-        return
-    kept = ""
-    if now and not same and now != base:
+    goal, kept = now if same else tip, ""
+    if now not in ("", base, goal):
         kept = clone.keep(now, replaced_ref(release.tag))
-    switch(clone, release.branch, now if same else tip)
-    clone("update-ref", applied_ref(release), now if same else tip)
-    say(f"applied {many} to {where}, {tip[:12]}")
+    switch(clone, release.branch, goal)
+    clone("update-ref", applied_ref(release), goal)
+    if not halt:
+        say(f"applied {many} to {where}, {tip[:12]}")
     if kept:
         say(f"what was there before is {kept}")
+    if halt:
+        _continue(clone, halt)
 
 
 def main() -> None:

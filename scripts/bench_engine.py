@@ -230,9 +230,9 @@ class Engine:
             "enable_prefix_caching": False,
             "limit_mm_per_prompt": {"image": 512, "video": 1, "audio": 0},
             "attention_config": FORMS[form][0],
+            # Preempted requests are counted.
+            "disable_log_stats": False,
         }
-        # Counts preempted requests.
-        arguments["disable_log_stats"] = False
         if level == "serving":
             sizes = [1, 2, 4, 8, 16, 32, 64, arguments["max_num_seqs"]]
             arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}

@@ -11,12 +11,10 @@ width; no image comes twice, so that nothing is found in a cache.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import dataclasses
 import gc
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -277,14 +275,13 @@ class Server:
             images: How many.
             outputs: How many tokens.
         """
+        from vllm.multimodal.utils import encode_image_url
+
         content: list[dict[str, Any]] = []
         height, width = IMAGE
         for place in range(images):
-            buffer = io.BytesIO()
             picture = demo.picture(width, height, 1000 + seed * MOST_IMAGES + place)
-            Image.fromarray(picture).save(buffer, "PNG")
-            data = base64.b64encode(buffer.getvalue()).decode()
-            url = {"url": f"data:image/png;base64,{data}"}
+            url = {"url": encode_image_url(Image.fromarray(picture))}
             content.append({"type": "image_url", "image_url": url})
         letters = np.random.default_rng(seed).integers(33, 127, 32).tolist()
         content.append({"type": "text", "text": "".join(map(chr, letters))})

@@ -2,6 +2,7 @@
 """Messages, the one lock and the way every command ends."""
 
 import errno
+import itertools
 import os
 import shlex
 import signal
@@ -87,6 +88,17 @@ def scratch() -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=BUILD) as made:
         yield Path(made)
+
+
+def free(folder: Path, name: str) -> Path:
+    """Return a path in a folder that is not there yet, for what is to be kept.
+
+    Args:
+        folder: which.
+        name: what it is called, with `{}` for a number.
+    """
+    paths = (folder / name.format(number) for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make export`: a checkout's commits as the series in patches/."""
 
-import itertools
 import shlex
 import shutil
 from pathlib import Path
@@ -188,9 +187,7 @@ def _replace(target: Path, made: Path, old: Path) -> None:
 
 def _keep(target: Path) -> Path:
     """Copy patches that no commit has to where nothing removes them."""
-    folder = BUILD / "patches"
-    names = (f"{target.name}-{number}" for number in itertools.count(1))
-    kept = next(folder / name for name in names if not (folder / name).exists())
+    kept = console.free(BUILD / "patches", f"{target.name}-{{}}")
     shutil.copytree(target, kept)
     return kept
 

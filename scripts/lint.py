@@ -72,6 +72,11 @@ class Patch:
         return next(said, "").partition(":")[2].strip()
 
 
+def load(path: Path) -> Patch:
+    """Take the patch of a file apart, whatever its bytes are; see `parse`."""
+    return parse(path.read_bytes().decode(errors="replace"))
+
+
 def parse(text: str) -> Patch:
     """Take a patch apart.
 

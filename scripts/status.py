@@ -9,7 +9,7 @@ from scripts import console, pins, rebase
 from scripts.apply import open_own
 from scripts.console import Failure, say
 from scripts.git import Clone, GitError, Scratch
-from scripts.lint import parse
+from scripts.lint import load
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def status() -> None:
     files, commits = rebase.derive(clone, release, old)
     rows = [[path.name] for path in files]
     for path, row in zip(files, rows, strict=True):
-        row.append(parse(path.read_bytes().decode(errors="replace")).status)
+        row.append(load(path).status)
     for to in targets:
         with console.scratch() as folder:
             answers = taken(clone, commits, to.commit, folder)

@@ -7,7 +7,6 @@ nothing of the person's has changed, and then only a branch is new.
 
 import ast
 import contextlib
-import itertools
 import re
 import shlex
 import textwrap
@@ -19,7 +18,7 @@ from scripts import console, git, pins, series
 from scripts.apply import count, open_own
 from scripts.console import BUILD, Failure, say, show
 from scripts.git import Clone, GitError, Scratch
-from scripts.lint import SECTIONS, Patch, parse
+from scripts.lint import SECTIONS, Patch, load
 from scripts.pins import Release
 from scripts.rebase import MERGE
 
@@ -376,7 +375,7 @@ def prepare(
         for path, commit in zip(
             kept, series.derive(clone, base, kept, folder / "derive"), strict=True
         ):
-            patch = parse(path.read_bytes().decode(errors="replace"))
+            patch = load(path)
             found = series.content(clone.raw(commit))
             author, _, rest = found.author.rpartition(" <")
             email, when, zone = rest.replace(">", "").split()
@@ -582,27 +581,21 @@ def _newer(release: Release) -> str:
 
 
 def _write_text(work: Work, template: str, taken: list[Path]) -> None:
-    patches = [
-        parse(path.read_bytes().decode(errors="replace"))
-        for path in work.files
-        if path not in taken
-    ]
+    patches = [load(path) for path in work.files if path not in taken]
     needs = [f'"{patch.title}"' for patch in patches[:-1]]
     work.place.mkdir(parents=True, exist_ok=True)
     text = body(template, work.title, parts(patches[-1]), needs)
     path = work.place / "body.md"
     if path.exists() and path.read_text() != text:
         # A person was to edit it.
-        names = (f"body-{number}.md" for number in itertools.count(1))
-        kept = next(name for name in names if not (work.place / name).exists())
-        path.rename(work.place / kept)
-        say(f"{show(path)} was another one: it is {kept} there now")
+        kept = path.rename(console.free(work.place, "body-{}.md"))
+        say(f"{show(path)} was another one: it is {kept.name} there now")
     path.write_text(text)
 
 
 def _commands(clone: Clone, work: Work, main: str) -> str:
     """Return what a person runs, in a terminal's words."""
-    patch = parse(work.files[-1].read_bytes().decode(errors="replace"))
+    patch = load(work.files[-1])
     text = shlex.quote(str(work.place / "body.md"))
     words = re.sub(r"\[[^]]*\]", "", work.title).strip()
     tests = [

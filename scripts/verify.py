@@ -676,7 +676,7 @@ def steps(clone: Clone, base: str, files: list[Path], folder: Path) -> list[Step
         own = [name for name in runner.touched([path]) if name in there]
         earlier = [name for name in touched if name in there and name not in own]
         touched |= dict.fromkeys(own)
-        patch = lint.parse(path.read_bytes().decode(errors="replace"))
+        patch = lint.load(path)
         tree = clone("rev-parse", after + "^{tree}")
         made.append(Step(number, patch, before, after, stripped, own, earlier, tree))
     return made
@@ -964,10 +964,8 @@ def main() -> None:
     folder = BUILD / f"verify-{release.tag}"
     begun = time.monotonic()
     minutes = _number("MINUTES", 24 * 60)
-    cores = os.cpu_count() or 1
-    # A device has memory for one engine, and tests use two cores well.
-    usual = 1 if build.device() == "cuda" else max(1, cores // 2)
-    jobs = _number("JOBS", usual)
+    jobs = _number("JOBS", 0)
+    build.device()  # Says what is wrong with DEVICE=.
     full, partial = console.enabled("FULL"), console.enabled("PARTIAL")
     with console.lock(folder):
         with console.lock():
@@ -989,6 +987,9 @@ def main() -> None:
                 return
             target = environment(release, clone)
             more = runner.checkpoint(target)
+        cores = os.cpu_count() or 1
+        # A device has memory for one engine, and tests use two cores well.
+        jobs = jobs or (1 if target.kind == "cuda" else max(1, cores // 2))
         if jobs > 1:
             more["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
         logs = BUILD / "reports" / folder.name

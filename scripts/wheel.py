@@ -27,7 +27,7 @@ from scripts.apply import open_clone
 from scripts.build import device
 from scripts.console import BUILD, ROOT, Failure, say, show
 from scripts.git import Scratch
-from scripts.lint import ASIDE, parse
+from scripts.lint import ASIDE, load
 from scripts.pins import File, Release
 
 OUT = BUILD / "wheels"
@@ -346,7 +346,7 @@ def _copy(source: ZipFile, entry: ZipInfo, out: ZipFile, name: str) -> None:
 def titles(release: Release) -> list[str]:
     """Return each patch of a release as its number and title."""
     return [
-        f"{path.name[:4]} {parse(path.read_bytes().decode(errors='replace')).title}"
+        f"{path.name[:4]} {load(path).title}"
         for path in series.patches(release.patches)
     ]
 
