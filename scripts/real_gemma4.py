@@ -149,14 +149,15 @@ def write(
         "text": {
             # As much as the real ones have.
             "max_position_embeddings": 262144,
-            # Not as the real ones: with random weights every token would be followed
-            # by itself, or two by one another, whatever attention makes of them.
-            "tie_word_embeddings": False,
             **text,
         },
         "vision": vision or {},
     }
     config = tiny_gemma4.config(layout, ids, 280, "bfloat16", sections)
+    # Not as the real ones: with random weights every token would be followed by itself,
+    # or two by one another, whatever attention makes of them. Which of the two vLLM
+    # reads depends on the version of Transformers.
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     config.save_pretrained(path)
     return str(path)
 
