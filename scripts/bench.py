@@ -71,7 +71,7 @@ JOBS = {
         _job("tower e2b", 5, "bench_tower", "--kind", "e2b", *_GPU_TOWER),
         # What needs most memory last.
         _job("scaling tower", 5, "bench_tower", "--scale", "soft_tokens,images"),
-        _job("scaling engine", 6, "bench_engine", "scaling", "--kind", "26b"),
+        _job("scaling engine", 6.5, "bench_engine", "scaling", "--kind", "26b"),
         _job("step 26b", 2.5, "bench_engine", "step", "--kind", "26b", *_FOUR),
         _job("step 31b", 2.5, "bench_engine", "step", "--kind", "31b", *_FOUR),
         _job(
@@ -81,19 +81,19 @@ JOBS = {
         _job("serving 26b", 13, "bench_engine", "serving", "--kind", "26b", *_FOUR),
         _job("serving 31b", 13, "bench_engine", "serving", "--kind", "31b", *_FOUR),
         _job(
-            *("serving 12b", 10, "bench_engine", "serving", "--kind", "12b"),
+            *("serving 12b", 22, "bench_engine", "serving", "--kind", "12b"),
             *("--layers", "48"),
         ),
         _job(
-            *("serving e4b", 8, "bench_engine", "serving", "--kind", "e4b"),
+            *("serving e4b", 13, "bench_engine", "serving", "--kind", "e4b"),
             *("--layers", "42"),
         ),
         _job(
-            *("serving e2b", 8, "bench_engine", "serving", "--kind", "e2b"),
+            *("serving e2b", 12, "bench_engine", "serving", "--kind", "e2b"),
             *("--layers", "35"),
         ),
-        _job("rates 26b", 9, "bench_rates", "--kind", "26b"),
-        _job("rates 31b", 9, "bench_rates", "--kind", "31b"),
+        _job("rates 26b", 7, "bench_rates", "--kind", "26b"),
+        _job("rates 31b", 8, "bench_rates", "--kind", "31b"),
     ),
     "cpu": (
         _HOST,

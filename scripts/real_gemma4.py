@@ -14,6 +14,7 @@ from scripts import tiny_gemma4
 WINDOW = 1024
 # A period of the layers; the E2B checkpoint has four of a window for one without.
 LAYER_TYPES = ["sliding_attention"] * 5 + ["full_attention"]
+UNLIKE = 1009  # features, see ``varied``
 
 _SIZES = (
     "hidden_size",
@@ -155,8 +156,8 @@ def write(
     }
     config = tiny_gemma4.config(layout, ids, 280, "bfloat16", sections)
     # Not as the real ones: with random weights every token would be followed by itself,
-    # or two by one another, whatever attention makes of them. Which of the two vLLM
-    # reads depends on the version of Transformers.
+    # or two by one another, whatever attention makes of them. vLLM copies the outer one
+    # to the text's.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     config.save_pretrained(path)
     return str(path)
@@ -209,31 +210,48 @@ def fill(model: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def noise(shape: tuple[int, ...], seed: int, dtype: Any, device: Any) -> Any:
-    """A tensor of normal values, the same for the same shape and seed."""
+def _noise(rows: int, width: int, dtype: Any, device: Any) -> Any:
+    """Normal values, the same for the same shape."""
     import torch
 
-    random = torch.Generator(device).manual_seed(1000 * shape[0] + seed)
-    return torch.randn(shape, dtype=dtype, device=device, generator=random)
+    random = torch.Generator(device).manual_seed(width)
+    return torch.randn((rows, width), dtype=dtype, device=device, generator=random)
 
 
-def varied(features: Iterable[Any]) -> list[Any]:
-    """Other features in the place of a tower's, all unlike.
+def varied(features: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Other features in the place of a tower's, unlike for unlike images.
 
     Random weights make like features of all patches, and all tokens of an image would
-    go to the same experts. In every tree the same ones, by the place in a batch.
+    go to the same experts. These depend on the pixels alone: in every tree they are the
+    same ones, whatever else is in the batch.
+
+    Args:
+        features: Of images or videos, ``[soft tokens, width]`` each.
+        kwargs: What ``embed_multimodal`` was given for them.
+
+    Raises:
+        RuntimeError: The videos of a batch have unlike numbers of frames.
     """
-    return [
-        noise(tuple(item.shape), place % 32, item.dtype, item.device)
-        for place, item in enumerate(features)
-    ]
+    import torch
+
+    items = list(features)
+    pixels = kwargs.get("pixel_values", kwargs.get("pixel_values_videos"))
+    frames, rest = divmod(len(pixels), len(items))
+    if rest:
+        raise RuntimeError(f"{len(items)} videos have {len(pixels)} frames")
+    # Of whole numbers, so that the order of the sum does not matter.
+    sums = [(255 * frame).round().long().sum() for frame in pixels]
+    result = []
+    for i, item in enumerate(items):
+        rows, width = item.shape
+        first = sum(sums[i * frames : (i + 1) * frames]) % UNLIKE
+        # Their sum stays on the GPU: nothing waits for it.
+        index = torch.arange(rows, device=item.device) + first
+        result.append(_noise(rows + UNLIKE, width, item.dtype, item.device)[index])
+    return result
 
 
 def vary_features(model: Any) -> None:
     """Let ``embed_multimodal`` of a model return ``varied`` features."""
     embed = model.embed_multimodal
-
-    def embed_multimodal(**kwargs: Any) -> list[Any]:
-        return varied(embed(**kwargs))
-
-    model.embed_multimodal = embed_multimodal
+    model.embed_multimodal = lambda **kwargs: varied(embed(**kwargs), kwargs)

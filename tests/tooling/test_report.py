@@ -624,6 +624,10 @@ def test_not_better() -> None:
     )
     loads[1]["agreement"] = same(62, 1000)
     assert nothing in worse("serving", loads)
+    # Triton agrees with itself.
+    loads = serving("l", "latency", triton=0.1, patched=0.09)
+    loads[1]["agreement"] = same(40, 1000)
+    assert nothing in worse("serving", loads)
     asked = [rate("release", 1.0, 40.0), rate("patched", 1.0, 90.0)]
     assert (
         "first token: patched takes longer than release: 1.00 req/s (2.25x)"
