@@ -68,6 +68,31 @@ def device() -> str:
     return "cpu"
 
 
+def tell(python: Path, given: str, code: str, ask: str, *options: str) -> Any:
+    """Return what an interpreter prints last, as JSON.
+
+    Args:
+        python: the interpreter.
+        given: its name for a person.
+        code: what it runs.
+        ask: what to do where it does not.
+        options: its own.
+
+    Raises:
+        Failure: it does not run.
+    """
+    try:
+        done = subprocess.run(
+            [python, *options, "-c", code], capture_output=True, text=True, cwd="/"
+        )
+    except OSError as error:
+        raise Failure(f"PYTHON={given} does not run ({error.strerror})", ask) from None
+    if done.returncode:
+        raise Failure(f"PYTHON={given} is no working Python", ask)
+    # The last line: what its site-packages print at the start is above.
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def probe(python: Path, release: Release) -> Host:
     """Look at an environment that a person already has.
 
@@ -86,16 +111,7 @@ def probe(python: Path, release: Release) -> Host:
         for kind, version in sorted(versions.items())
     )
     ask = f"give an interpreter that has {wanted}"
-    try:
-        done = subprocess.run(
-            [python, "-c", PROBE], capture_output=True, text=True, cwd="/"
-        )
-    except OSError as error:
-        raise Failure(f"PYTHON={python} does not run ({error.strerror})", ask) from None
-    if done.returncode:
-        raise Failure(f"PYTHON={python} is no working Python", ask)
-    # The last line: what its site-packages print at the start is above.
-    found, layers, version = json.loads(done.stdout.splitlines()[-1])
+    found, layers, version = tell(python, str(python), PROBE, ask)
     if tuple(version) < (3, 11):
         raise Failure(f"PYTHON={python} is Python {version[0]}.{version[1]}", ask)
     if not found:

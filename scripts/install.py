@@ -25,7 +25,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from scripts import console, pins
-from scripts.build import HOOK
+from scripts.build import HOOK, tell
 from scripts.console import Failure, say
 from scripts.pins import Release
 from scripts.wheel import (
@@ -182,17 +182,7 @@ def find(given: str, version: str) -> Target:
         raise Failure("PYTHON= is missing", ask)
     # Not resolved: a venv's interpreter is a link to the one below it.
     python = Path(shutil.which(given) or given).expanduser().absolute()
-    try:
-        done = subprocess.run(
-            [python, "-E", "-c", PROBE], capture_output=True, text=True, cwd="/"
-        )
-    except OSError as error:
-        raise Failure(f"PYTHON={given} does not run ({error.strerror})", ask) from None
-    if done.returncode:
-        raise Failure(f"PYTHON={given} is no working Python", ask)
-    # The last line: what its site-packages print at the start is above.
-    said = done.stdout.splitlines()[-1]
-    found: list[tuple[str, str, str, str, bool]] = json.loads(said)
+    found: list[tuple[str, str, str, str, bool]] = tell(python, given, PROBE, ask, "-E")
     for name, has, root, info, editable in found:
         if not info and len(found) > 1:
             continue

@@ -79,6 +79,11 @@ def taken(clone: Clone, commits: list[str], onto: str, folder: Path) -> list[Tak
 
 
 def _take_away(git: Scratch, diff: bytes) -> bool:
+    # Of a file's mode git only warns.
+    modes = re.findall(rb"(?m)^diff --git .* b/(.*)\nold mode .*\nnew mode (.*)$", diff)
+    for name, mode in modes:
+        if not git("ls-files", "--stage", "--", name.decode()).startswith(mode):
+            return False
     try:
         git("apply", "--cached", "--reverse", "--whitespace=nowarn", data=diff)
     except GitError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BRANCH, TAG, TREE, Toy, instead, release, saboteur
+from conftest import BRANCH, MESSAGE, TAG, TREE, Toy, instead, release, saboteur
 
 NEW = "v1.1.0"
 NEW_BRANCH = f"gemma4/{NEW}"
@@ -997,6 +997,15 @@ def test_status_of_patches_on_one_another(filled: Toy) -> None:
     upstream(filled, a=("a10 = 10\n", "a10 = 'zehn'\n"))
     rows = [line.split()[-1] for line in filled.run("status").stdout.splitlines()]
     assert rows == [NEW, "taken", "-", "-", "taken"]
+
+
+def test_status_of_a_mode(filled: Toy) -> None:
+    (filled.own / "vllm/a.py").chmod(0o755)
+    filled.git("commit", "-aqm", MESSAGE.format(title="Let it run"))
+    filled.run("export")
+    upstream(filled)
+    rows = [line.split()[-1] for line in filled.run("status").stdout.splitlines()]
+    assert rows == [NEW, "-", "-", "-", "-"]
 
 
 def test_status_changes_nothing(filled: Toy) -> None:
