@@ -50,12 +50,15 @@ KERNEL_CALLS = {
     "FLASH_ATTN": ("vllm.v1.attention.backends.fa_utils", "flash_attn_varlen_func"),
     "FLASHINFER": ("flashinfer.prefill", "cudnn_batch_prefill_with_kv_cache"),
 }
-KERNELS = {  # of a GPU, by their names
-    "attention": re.compile("flash|fmha|attention|_attn|^_fwd_kernel", re.IGNORECASE),
-    "GEMM": re.compile("gemm|nvjet|xmma|cutlass|cublas", re.IGNORECASE),
-    "element-wise": re.compile(
-        "triton|elementwise|norm|reduce|gelu|rotary|cat|clamp|copy"
-    ),
+# Of a GPU, by their names. Inductor's say all that they are fused of, which may be what
+# a GEMM needs.
+KERNELS = {
+    name: re.compile(pattern, re.IGNORECASE)
+    for name, pattern in {
+        "attention": "flash|fmha|attention|_attn|^_fwd_kernel",
+        "GEMM": "^(?!triton_).*(gemm|nvjet|xmma|cutlass|cublas)|^triton_tem_",
+        "element-wise": "triton|elementwise|norm|reduce|gelu|rotary|cat|clamp|copy",
+    }.items()
 }
 # Width and height that the processor makes so many patches of: 17 x 16, 40 x 6, 20 x 14
 # and 33 x 33 cells of nine for 280 and 1120 soft tokens, 7 x 10 for the 70 of a frame.

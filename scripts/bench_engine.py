@@ -515,13 +515,14 @@ def _prefills(
     results: dict[str, list[tuple[Runs, dict[str, Any] | None]]] = {}
     for (name, i), runs in found.items():
         same: dict[str, Any] | None = None
-        # The last token is repeated whatever attention makes of it.
-        if reference and not runs[0]["repeats"]:
+        if reference:
             theirs = found[reference, i][1 if name == reference else 0]
-            same = same_as(runs[0], theirs, reference)
-            if name == reference and given[i][2] and not given[i][3]:
-                wrong = engines[name]("prefill", *given[i], True)
-                same["causal"] = same_as(wrong, theirs, reference)
+            # The last token is repeated whatever attention makes of it.
+            if not runs[0]["repeats"] and not theirs["repeats"]:
+                same = same_as(runs[0], theirs, reference)
+                if name == reference and given[i][2] and not given[i][3]:
+                    wrong = engines[name]("prefill", *given[i], True)
+                    same["causal"] = same_as(wrong, theirs, reference)
         results.setdefault(name, []).append((runs, same))
     return results
 
@@ -606,6 +607,7 @@ def serve(
     has_images = "random-mm" in options
     warm_ups = 2 if has_images else 1
     runs: dict[str, Runs] = {name: [] for name in engines}
+    before = {name: engine("preempted") for name, engine in engines.items()}
     reference = next((name for name in REFERENCES if name in engines), None)
     again: list[list[int]] = []
     begin = time.perf_counter()
@@ -649,11 +651,11 @@ def serve(
             "prompts": prompts,
             "tree": name,
             "unit": unit,
-            "preempted": engines[name]("preempted"),
+            "preempted": engines[name]("preempted") - before[name],
         }
         samples = {key: [run[key] for run in found[warm_ups:]] for key in found[0]}
         record |= worker.spread(samples[unit]) | {"samples": samples}
-        if reference and name not in repeating:
+        if reference and not {name, reference} & repeating:
             ours = again if name == reference else answered[name]
             same = agreement(ours, answered[reference])
             record["agreement"] = same | {"with": reference}

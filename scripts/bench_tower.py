@@ -205,7 +205,8 @@ def measure(
         patched tree its ``attention``; or why it was ``skipped``.
 
     Raises:
-        RuntimeError: Forms had other inputs than the release, or other shapes.
+        RuntimeError: Forms had other inputs than the release, or one of ``REQUIRED``
+            has features that are not to be compared.
     """
     answers = group.prepare(batch, folder, checked)
     truth = answers.pop(REFERENCE)
@@ -231,6 +232,14 @@ def measure(
             records.append({"tree": name, "skipped": died[0]})
             continue
         features = load(folder / f"{name}.npz")
+        try:
+            off = errors([features[item] for item in items], reference)
+        except RuntimeError as error:
+            if name in REQUIRED:
+                raise
+            # What the others measured is not lost with it.
+            records.append({"tree": name, "skipped": str(error)})
+            continue
         record = {
             "tree": name,
             "items": len(lengths),
@@ -239,7 +248,7 @@ def measure(
             **worker.spread([run["seconds"] for run in runs]),
             "mib": max(run["mib"] for run in runs),
             "peak_mib": max(run["peak_mib"] for run in runs),
-            **errors([features[item] for item in items], reference),
+            **off,
         }
         if attention := answers[name].get("attention"):
             record["attention"] = attention

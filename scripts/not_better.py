@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is not better: where the release, another library or another form wins."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
 from scripts.results import (
+    ALIKE,
     AXES,
     BACKENDS,
     ENGINE_FORMS,
@@ -57,6 +58,13 @@ LAYER_PAIRS = (
         for form in ("correction", "split", "one_call")
     ),
 )
+# By what they are forms of: pairs, ours first and the one that it should not be worse
+# than, and what a reader sees for them.
+KINDS = {
+    "layer": (LAYER_PAIRS, LAYER_FORMS),
+    "tower": (TOWER_PAIRS, TOWER_FORMS),
+    "engine": (ENGINE_PAIRS, ENGINE_FORMS),
+}
 # What has no spread is only worse if it is so many times as much: memory and errors,
 # which of a layer are kept with two digits. Either of two rates may be off by that.
 ABOUT = 1.015
@@ -83,8 +91,7 @@ def compare(
     subject: str,
     where: str,
     forms: Mapping[str, Record],
-    pairs: Iterable[tuple[str, str]],
-    names: Mapping[str, str],
+    of: str,
     read: Callable[[Record], tuple[Spread, bool]],
 ) -> list[Worse]:
     """Find where a form is slower, larger or less accurate than another one.
@@ -93,19 +100,18 @@ def compare(
         subject: what was measured.
         where: the batch, workload or case.
         forms: its record of each form.
-        pairs: forms, ours first and the one that it should not be worse than.
-        names: what a reader sees for them.
+        of: what they are forms of, a key of `KINDS`.
         read: returns a record's spread, and whether more is better.
     """
     found = []
+    pairs, names = KINDS[of]
     for ours, theirs in pairs:
         if ours not in forms or theirs not in forms:
             continue
         label = names.get(ours, ours), names.get(theirs, theirs)
         (mine, more), (other, _) = read(forms[ours]), read(forms[theirs])
         ratio = other.median / mine.median if more else mine.median / other.median
-        # Less than this would be shown as one.
-        if ratio >= 1.005 and not mine.overlaps(other):
+        if ratio > 1 and not mine.like(other, of):
             what = "gives less than" if more else "takes longer than"
             found.append(Worse(subject, *label, what, where, f"{ratio:.2f}x"))
         for get, margin, what, unit in MARGINS:
@@ -176,23 +182,23 @@ def not_better(device: Device) -> list[str]:
             for record in records
         }
         subject = "One attention layer"
-        found += compare(subject, case, forms, LAYER_PAIRS, LAYER_FORMS, plain)
+        found += compare(subject, case, forms, "layer", plain)
     for _, (kind, batch), records in device.groups("tower", "kind", "batch"):
         subject = f"Tower of {TOWERS.get(kind, kind)}"
         forms = by(records, "tree")
-        found += compare(subject, batch, forms, TOWER_PAIRS, TOWER_FORMS, seconds)
+        found += compare(subject, batch, forms, "tower", seconds)
     for _, (kind, layers, case, part), records in device.groups(
         "step", "kind", "layers", "case", "variant"
     ):
         subject = f"Step of {model(kind, layers)}, {part}"
         forms = by(records, "tree")
-        found += compare(subject, case, forms, ENGINE_PAIRS, ENGINE_FORMS, plain)
+        found += compare(subject, case, forms, "engine", plain)
     for _, (kind, layers, workload), records in device.groups(
         "serving", "kind", "layers", "workload"
     ):
         subject = f"Serving {model(kind, layers)}"
         forms = by(records, "tree")
-        found += compare(subject, workload, forms, ENGINE_PAIRS, ENGINE_FORMS, bench)
+        found += compare(subject, workload, forms, "engine", bench)
     for _, (kind, layers, name, rate), records in device.groups(
         "rates", "kind", "layers", "workload", "rate"
     ):
@@ -200,7 +206,7 @@ def not_better(device: Device) -> list[str]:
         forms = by(records, "tree")
         for what, of in (("first token", wait), ("requests a second", load)):
             subject = f"{model(kind, layers)}, {name}, {what}"
-            found += compare(subject, where, forms, ENGINE_PAIRS, ENGINE_FORMS, of)
+            found += compare(subject, where, forms, "engine", of)
     for _, (kind, layers, name), records in device.groups(
         "rates", "kind", "layers", "workload"
     ):
@@ -216,12 +222,10 @@ def not_better(device: Device) -> list[str]:
         "scaling", "axis", "kind", "layers", "x"
     ):
         what, is_tower = AXES[axis]
-        pairs, names = (
-            (TOWER_PAIRS, TOWER_FORMS) if is_tower else (ENGINE_PAIRS, ENGINE_FORMS)
-        )
         subject = TOWERS.get(kind, kind) if is_tower else model(kind, layers)
         subject += f" by {what}"
-        found += compare(subject, f"{x:,}", by(records, "tree"), pairs, names, seconds)
+        forms, of_what = by(records, "tree"), "tower" if is_tower else "engine"
+        found += compare(subject, f"{x:,}", forms, of_what, seconds)
     lines: dict[str, list[str]] = {}
     # What is lost to the release comes first, then to others, then to forms of ours.
     rank = {"release": 0, "mask_mod": 0, "Triton": 0, "Transformers": 1}
@@ -239,9 +243,12 @@ def not_better(device: Device) -> list[str]:
             time and the quartiles do not meet (of a layer the lowest and the highest
             tenth of the samples), takes less memory by more than {MEMORY - 1:.0%} and
             {LEAST_MIB} MiB, or has a smaller error by more than {ERROR - 1:.0%}. The
-            release comes first. Less than half a per cent does not count, nor requests
-            a second up to {ABOUT * ABOUT - 1:.0%}, nor equal greedy tokens up to two
-            standard deviations.
+            release comes first. What does not count is as much as one form differs by
+            in two processes, or by chance in few samples: {ALIKE["tower"] - 1:.0%} of a
+            tower's time and {ALIKE["engine"] - 1:.0%} of an engine's, of a layer, whose
+            forms share a process, {ALIKE["layer"] - 1:.1%}; nor do requests a second up
+            to {ABOUT * ABOUT - 1:.0%}, nor equal greedy tokens up to two standard
+            deviations.
         """),
         *(f"{key}: {', '.join(where)}" for key, where in lines.items()),
         *([] if lines else ["Nothing was found."]),

@@ -142,7 +142,8 @@ def size(value: float | None) -> str:
 def summary(device: Device) -> list[str]:
     """What a reader gets: the release against the patched tree."""
     rows: dict[str, list[str]] = {}
-    for find in (_towers_in_short, _steps_in_short, _rates_in_short):
+    shorts = (_towers_in_short, _steps_in_short, _serving_in_short, _rates_in_short)
+    for find in shorts:
         for row in find(device):
             # If several jobs measure the same, the first one counts.
             rows.setdefault(row[0], row)
@@ -153,9 +154,11 @@ def summary(device: Device) -> list[str]:
         "",
         *prose("""
             Medians with quartiles; all of it with the commands is below. The tower is
-            not compiled unless it says so, which the release's cannot be. Where the
-            language model has fewer layers than the whole one, the tower weighs more,
-            and so does what it gains.
+            not compiled unless it says so, which the release's cannot be. Its images
+            leave rows of padding, as most do, for which the release takes a slower
+            kernel: those of the steps have none, where the tower's time is under *One
+            step of the engine*. Where the language model has fewer layers than the
+            whole one, the tower weighs more, and so does what it gains.
         """),
         *table(["", "release", "patched", "gain"], rows.values()),
     ]
@@ -208,6 +211,23 @@ def _steps_in_short(device: Device) -> list[list[str]]:
     return [row for _, row in most.values()]
 
 
+def _serving_in_short(device: Device) -> list[list[str]]:
+    rows = []
+    for _, (kind, layers, load), records in device.groups(
+        "serving", "kind", "layers", "workload"
+    ):
+        trees = by(records, "tree")
+        if not load.startswith("chat") or not {"release", "patched"} <= trees.keys():
+            continue
+        times = [of_bench(trees[tree])[0] for tree in ("release", "patched")]
+        gain = f"{times[1].median / times[0].median:.2f} times as much"
+        if times[0].like(times[1], "engine"):
+            gain = "no difference"
+        cells = [f"{time} tok/s" for time in times]
+        rows.append([f"{model(kind, layers)}, {load}", *cells, gain])
+    return rows
+
+
 def _rates_in_short(device: Device) -> list[list[str]]:
     rows = []
     for _, (kind, layers, load), records in device.groups(
@@ -221,7 +241,9 @@ def _rates_in_short(device: Device) -> list[list[str]]:
         shared = [rate for rate in trees[0] if rate in trees[1]]
         if None in shared:
             totals = (tree[None]["output_throughput"] for tree in trees)
-            rows.append(_more(f"{what}, all at once", "tok/s of answers", *totals))
+            count = trees[0][None]["completed"]
+            what_all = f"{what}, {count} at once"
+            rows.append(_more(what_all, "tok/s of answers", *totals))
         best = [kept(tree.values()) for tree in trees]
         if best[0] is not None and best[1] is not None:
             cells = [f"{rate:g} req/s" for rate in best]
@@ -323,9 +345,9 @@ def tower(device: Device) -> list[str]:
             With pooling and projection, all forms of a table by turns in one run, with
             the same weights and inputs: medians with quartiles. A batch is items x soft
             tokens of each at most; the shape of an image decides how many patches it
-            has. But for *full* and the video they leave rows of padding, as most images
-            do, which the release masks. *Patched* is what vLLM does if it is told
-            nothing, *compiled* has `compile_mm_encoder`, *captured*
+            has. Most leave rows of padding, which the release masks; those of a batch
+            called *full* and of the video leave none. *Patched* is what vLLM does if it
+            is told nothing, *compiled* has `compile_mm_encoder`, *captured*
             `cudagraph_mm_encoder` with it; a named attention backend is that of the
             compiled tower. FP8 is linear layers in compressed-tensors' format with a
             scale a channel and a token. Transformers is that library's own tower on
@@ -341,7 +363,8 @@ def tower(device: Device) -> list[str]:
         *prose("""
             Memory is the peak above what was used before, on a CPU of resident memory,
             which varies from run to run. A batch of more patches than one call takes
-            goes in several, whose activations are not alive at once. A graph takes its
+            goes in several, whose activations are not alive at once; how many images
+            the release gives to one depends on the GPU's memory. A graph takes its
             memory when it is captured, before that: of *captured* it is not known.
         """),
         *prose("""
@@ -492,6 +515,16 @@ def serving(device: Device) -> list[str]:
         heads += ["first tokens", "tokens"]
         about = [*title, *sampled(records), *attention(records)]
         lines += [*about, *table(heads, rows)]
+        waited = {
+            f"{r['workload']}, {ENGINE_FORMS.get(r['tree'], r['tree'])}"
+            for r in records
+            if r.get("preempted")
+        }
+        if waited:
+            lines += prose(f"""
+                The KV cache was full, and requests waited again, in
+                {"; ".join(sorted(waited))}.
+            """)
     if not lines:
         return skipped(device.runs("serving"), ENGINE_FORMS)
     return [
@@ -552,11 +585,13 @@ def rates(device: Device) -> list[str]:
             last all at once. What is saturated is not asked for more. Greedy tokens are
             of requests with images that are sent alone, before. TTFT is the time to the
             first token, median with quartiles; TPOT that of each one after it, median.
-            A rate is kept by a server that it does not saturate: no request fails,
-            answers come about as fast as requests, the median wait for the first token
-            is at most five times the shortest, and with more to do it has answered as
+            A rate is kept by a server that it does not saturate: no request fails, four
+            of five that come early enough are answered while others still come, the
+            median wait for the first token is at most five times the shortest of the
+            server that is slower without load, and with more to do it has answered as
             many (`saturated` in scripts/bench_rates.py). There is one run of each:
-            quartiles are of its requests.
+            quartiles are of its requests, and beyond saturation it is too short to say
+            what a server gives in the long run.
         """),
         *figures(device, "rates"),
         *lines,
@@ -596,7 +631,12 @@ def scaling(device: Device) -> list[str]:
             *commands(device, [run]),
             *sampled(records),
             *_points(records, names),
-            *(_powers(records, names, is_tower) if axis != "image_share" else []),
+            # Many images go in several calls: their peak is that of one of them.
+            *(
+                _powers(records, names, axis == "soft_tokens")
+                if axis != "image_share"
+                else []
+            ),
         ]
     skips = skipped(device.runs("scaling"), TOWER_FORMS | ENGINE_FORMS)
     if not lines:

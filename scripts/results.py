@@ -64,6 +64,9 @@ AXES = {
 }
 # So many samples have quartiles; the range of fewer is that of all of them.
 FEW = 5
+# What medians of one form in two processes, or of few samples, may differ by: of layers
+# all forms are in one process.
+ALIKE = {"layer": 1.005, "tower": 1.04, "engine": 1.02}
 # Up to here the exponent of a power is called so.
 GROWTH = (
     (-0.1, "falls"),
@@ -113,7 +116,9 @@ class Run:
             limit = machine["power_limit"]
             parts.append(f"; driver {machine['driver']}, {limit} at most")
         versions = ", ".join(f"{k} {v}" for k, v in sorted(machine["versions"].items()))
-        return "".join(parts) + f"; {versions}"
+        # Of a host with several GPUs.
+        beside = f"; beside {self.head['beside']}" if "beside" in self.head else ""
+        return "".join(parts) + f"; {versions}{beside}"
 
 
 @dataclass
@@ -312,9 +317,18 @@ class Spread:
             self.median / other.median, self.low / other.high, self.high / other.low
         )
 
-    def overlaps(self, other: "Spread") -> bool:
-        """Return whether the ranges have a value in common."""
-        return self.low <= other.high and other.low <= self.high
+    def like(self, other: "Spread", what: str) -> bool:
+        """Return whether nothing says that two are unlike.
+
+        Their ranges have a value in common, or their medians are about the same.
+
+        Args:
+            other: of the same quantity.
+            what: it is of, a key of `ALIKE`.
+        """
+        meet = self.low <= other.high and other.low <= self.high
+        medians = sorted((self.median, other.median))
+        return meet or medians[1] < ALIKE[what] * medians[0]
 
 
 def spread(record: Record, scale: float = 1) -> Spread:

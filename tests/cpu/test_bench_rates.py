@@ -140,7 +140,8 @@ def test_pace_of_a_server_that_keeps_up(requests: int) -> None:
     rate = requests / 15
     for seed in range(20):
         found = queue(requests, rate, seed, 2 * rate, least=4.0)
-        assert bench_rates.pace(found["start_times"], found["latencies"]) > 0.9
+        pace = bench_rates.pace(found["start_times"], found["latencies"])
+        assert pace >= bench_rates.KEEPS_UP
         # What the run's own throughput does not say.
         assert found["request_throughput"] < 0.9 * rate
 
@@ -160,8 +161,21 @@ def test_pace_is_the_share_that_is_answered(share: float) -> None:
 def test_pace_while_a_server_fills() -> None:
     starts = np.arange(60) / 4
     latencies = 0.5 + np.minimum(starts, 2.0)
-    assert 0.9 < bench_rates.pace(starts.tolist(), latencies.tolist()) < 1.0
-    assert bench_rates.pace([0, 1, 2], [3, 2, 1]) == 1.0
+    pace = bench_rates.pace(starts.tolist(), latencies.tolist())
+    assert bench_rates.KEEPS_UP < pace < 1.0
+    # None comes early enough to tell.
+    assert bench_rates.pace([0, 1, 2], [3, 3, 3]) == 1.0
+
+
+def test_pace_of_a_batch_that_ends_at_once() -> None:
+    starts = np.linspace(0, 10, 100)
+    latencies = np.maximum(14 + starts / 10 - starts, 0.3)
+    # The late ones took least.
+    latencies[:5] = 0.3
+    assert bench_rates.pace(starts.tolist(), latencies.tolist()) < 0.1
+
+
+def test_requests_at_once_have_no_pace() -> None:
     with pytest.raises(ValueError, match="at once"):
         bench_rates.pace([1.0, 1.0], [1.0, 2.0])
 
@@ -170,14 +184,14 @@ def test_pace_while_a_server_fills() -> None:
     ("changes", "expected"),
     [
         ({}, False),
-        ({"pace": 0.89}, True),
+        ({"pace": 0.79}, True),
         ({"median_ttft_ms": 499.0}, False),
         ({"median_ttft_ms": 501.0}, True),
         ({"failed": 1}, True),
     ],
 )
 def test_saturated(changes: dict[str, Any], expected: bool) -> None:
-    record = {"pace": 0.91, "median_ttft_ms": 100.0, "failed": 0} | changes
+    record = {"pace": 0.81, "median_ttft_ms": 100.0, "failed": 0} | changes
     assert bench_rates.saturated(record, 100.0) is expected
 
 
