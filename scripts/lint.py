@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 
 from scripts import console, pins, plots, report, results, series
-from scripts.apply import open_clone
+from scripts.apply import OWN, applied_ref, open_clone
 from scripts.bench import read
-from scripts.console import BUILD, ROOT, Failure, say
-from scripts.git import Clone, GitError, borrower
+from scripts.console import BUILD, ROOT, Failure, say, show
+from scripts.git import Clone, GitError, borrower, find
 from scripts.pins import Release
 
 WIDTH = 88
@@ -374,6 +374,7 @@ class Lint:
                 page = ROOT / name
                 for line in standing(page.read_text() if page.exists() else "", known):
                     self.report(f"{name}: {line}")
+        _unwritten(release)
         if not files:
             say(f"lint: no patches for {release.tag}")
             return
@@ -501,6 +502,22 @@ def upstream(tree: Path, files: list[str]) -> Iterator[str]:
         for name in own.dirty():
             yield f"{name}: {hook['id']} would change it"
         own("checkout", "-q", "-f", ".")
+
+
+def _unwritten(release: Release) -> None:
+    """Warn of commits that are not checked, as `patches/` has not got them."""
+    given = console.option("VLLM")
+    path = Path(given) if given else OWN
+    if not (path / ".git").exists():
+        return
+    clone = find(path)
+    branch = clone.resolve("refs/heads/" + release.branch)
+    bases = release.base, clone.resolve(f"refs/tags/{release.tag}")
+    if branch and branch not in (clone.resolve(applied_ref(release)), *bases):
+        say(
+            f"warning: {release.branch} in {show(clone.path)} has commits that are not "
+            f"checked, as patches/ has not got them: `{console.make('export')}` first"
+        )
 
 
 def main() -> None:

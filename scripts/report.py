@@ -8,7 +8,7 @@ reports; the texts between them have none.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from scripts import console, plots
+from scripts import console, pins, plots
 from scripts.bench import JOBS, benchmarks, read
 from scripts.console import ROOT, Failure, say, show
 from scripts.not_better import not_better
@@ -786,6 +786,8 @@ def write(devices: Sequence[Device]) -> str:
 
 def main() -> None:
     """Write the report of RESULTS=, by default of docs/benchmarks/."""
+    # It is of all releases that were measured; one that is unknown is a mistake.
+    pins.load(console.option("RELEASE"))
     given = console.option("RESULTS")
     if given:
         files, folder = [Path(given)], Path(given).with_suffix("")

@@ -357,3 +357,17 @@ def test_big_patch_is_a_warning(upstream: Toy) -> None:
     upstream.run("export")
     done = upstream.run("lint", STAGE="patches")
     assert "261 lines outside of tests and docs" in done.stderr
+
+
+def test_what_is_not_in_patches_is_a_warning(upstream: Toy) -> None:
+    assert "warning" not in upstream.run("lint", STAGE="patches").stderr
+    upstream.change("vllm/b.py", "b1 = 1\n", "b1 = 'bad'\n", "Not written")
+    done = upstream.run("lint", STAGE="patches")
+    assert "gemma4/v1.0.0 in build/vllm has commits that are not checked" in done.stderr
+    assert "`make export` first" in done.stderr
+    # Nor is there anything to check.
+    for path in upstream.patches.iterdir():
+        path.unlink()
+    done = upstream.run("lint", STAGE="patches")
+    assert "has commits that are not checked" in done.stderr
+    assert "no patches for v1.0.0" in done.stderr

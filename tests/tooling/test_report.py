@@ -805,6 +805,9 @@ def test_nothing_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RESULTS", str(tmp_path / "none.jsonl"))
     with pytest.raises(Failure, match=r"no results in .*none.jsonl: `make bench`"):
         report.main()
+    monkeypatch.setenv("RELEASE", "v9")
+    with pytest.raises(Failure, match="RELEASE=v9 is unknown"):
+        report.main()
     assert not list(tmp_path.iterdir())
 
 
