@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
@@ -81,10 +82,15 @@ def payload(release: Release) -> list[Change]:
     return changes
 
 
-def digest(changes: list[Change]) -> str:
-    """Return what tells one series from another in a wheel."""
-    said = [(change.name, hash_of(change.new)) for change in changes]
-    return hashlib.sha256(repr(sorted(said)).encode()).hexdigest()
+def digest(changes: list[Change], titles: Sequence[str] = ()) -> str:
+    """Return what tells one series from another.
+
+    Args:
+        changes: what it does.
+        titles: its patches, for a wheel: PATCHES lists them.
+    """
+    said = sorted((change.name, hash_of(change.new)) for change in changes)
+    return hashlib.sha256(repr([*said, *titles]).encode()).hexdigest()
 
 
 def row_hash(data: bytes) -> str:
@@ -145,19 +151,18 @@ def fitting(
     return made
 
 
-def number(release: Release, changes: list[Change], bump: bool) -> int:
+def number(release: Release, content: str, bump: bool) -> int:
     """Return the N of `+gemma4.N`: one number is one content, for good.
 
     Args:
         release: the release.
-        changes: its series.
+        content: the digest of all that its wheel has of its series.
         bump: whether a series without a number gets the next one, in pins.toml.
 
     Raises:
         Failure: the number in pins.toml is another series'.
     """
-    now = digest(changes)
-    if release.series == now:
+    if release.series == content:
         return release.number
     if not bump:
         raise Failure(
@@ -171,7 +176,7 @@ def number(release: Release, changes: list[Change], bump: bool) -> int:
     text = tomlkit.parse(path.read_text(encoding="utf-8"))
     table = tomlkit.table()
     table.add("number", release.number + 1)
-    table.add("series", now)
+    table.add("series", content)
     own = text["releases"][release.tag]
     if "wheel" in own:
         own["wheel"].update(table)
@@ -389,7 +394,9 @@ def wheel(release: Release, kind: str, machine: str, bump: bool = False) -> Path
     """
     pin = official(release, kind, machine)
     changes = payload(release)
-    version = f"{release.version}+gemma4.{number(release, changes, bump)}"
+    listed = titles(release)
+    own = number(release, digest(changes, listed), bump)
+    version = f"{release.version}+gemma4.{own}"
     source = fetch.fetch(pin)
     OUT.mkdir(exist_ok=True)
     fetch.need_space(OUT, source.stat().st_size + (16 << 20))
@@ -399,7 +406,7 @@ def wheel(release: Release, kind: str, machine: str, bump: bool = False) -> Path
         fits = fitting(changes, made.rows, release, kind, pin.name)
         gone = {change.name for change in fits if change.new is None}
         part = folder / made.name
-        made.write(part, made.texts(fits, titles(release)), gone)
+        made.write(part, made.texts(fits, listed), gone)
         return Path(shutil.move(part, OUT / made.name))
 
 

@@ -31,7 +31,8 @@ with console.lock():
     if how == "wheel":
         wheel.OUT = python.parent
         # A series that has no number yet can be tested.
-        series = wheel.digest(wheel.payload(release))
+        titles = wheel.titles(release)
+        series = wheel.digest(wheel.payload(release), titles)
         release = dataclasses.replace(release, number=99, series=series)
         path = wheel.wheel(release, kind, machine)
     else:

@@ -132,12 +132,29 @@ def test_number(project: Toy) -> None:
     # One series keeps its number, for every kind of machine.
     assert make(project, "cuda").name == NAMES["cuda"]
     assert (project.root / "pins.toml").read_text() == pins
-    project.change("tests/test_new.py", "...", "pass", "Only a test")
+    first = make(project, BUMP="").read_bytes()
+    # What the wheel has nothing of needs no number, and the bytes are the same.
+    path = project.own / "tests/test_new.py"
+    path.write_text(path.read_text().replace("...", "pass"))
+    said = project.git("log", "-1", "--format=%B", "HEAD")
+    project.git("commit", "-qam", "fixup! [Model] A test")
+    project.git("-c", "sequence.editor=true", "rebase", "-qi", "--autosquash", TAG)
+    project.git("commit", "-q", "--amend", "-m", f"{said}\n\nMore of it.")
     project.run("export")
-    assert make(project, BUMP="").name == NAMES["cpu"]
+    assert make(project, BUMP="").read_bytes() == first
+    # PATCHES lists a title, and a patch of tests alone.
+    for number, title in ((5, "[Core] Take it away"), (6, "[Core] Do without it")):
+        project.git("commit", "-q", "--amend", "-m", title)
+        project.run("export")
+        line = project.fails("wheel", DEVICE="cpu", MACHINE="x86_64")
+        assert f"+gemma4.{number - 1} is another series" in line
+        assert f"gemma4.{number}-" in make(project).name
+    project.change("tests/test_new.py", "pass", "...", "Only a test")
+    project.run("export")
+    assert "gemma4.7-" in make(project).name
     project.change("vllm/b.py", "b1 = 1\n", "b1 = 11\n", "More")
     project.run("export")
-    assert "gemma4.5-" in make(project).name
+    assert "gemma4.8-" in make(project).name
 
 
 def test_first_number(project: Toy) -> None:
