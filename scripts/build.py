@@ -136,7 +136,8 @@ def packages(python: Path) -> Path:
     return next((python.parent.parent / "lib").glob("python3*/site-packages"))
 
 
-def _constraints(release: Release, kind: str) -> Path:
+def constraints(release: Release, kind: str) -> Path:
+    """Return what holds a runtime's packages still: of the wheel's version."""
     version = release.runtimes[kind].version
     return ROOT / "scripts" / f"constraints-v{version}-{kind}.txt"
 
@@ -171,8 +172,8 @@ def host(release: Release, kind: str, clone: Clone) -> Host:
         )
     env = BUILD / f"env-{release.tag}-{kind}"
     python = env / "bin" / "python"
-    constraints = _constraints(release, kind)
-    held = constraints.read_text() if constraints.exists() else ""
+    pinned = constraints(release, kind)
+    held = pinned.read_text() if pinned.exists() else ""
     key = _key(runtime, held, TEST_TOOLS, COMPANIONS, sys.version, str(env))
     if not _fresh(python, key):
         fetch.need_space(BUILD, (5 if kind == "cpu" else 14) << 30)
@@ -181,7 +182,7 @@ def host(release: Release, kind: str, clone: Clone) -> Host:
         log = BUILD / f"{env.name}.log"
         log.unlink(missing_ok=True)
         steps = 4 if kind == "cpu" else 2
-        limits = ["-c", str(constraints)] if held else []
+        limits = ["-c", str(pinned)] if held else []
         pip = [str(python), "-m", "pip", "install", "--no-input", *limits]
         say(f"[1/{steps}] making {show(env)} (pip's output is in {show(log)})")
         console.logged(
@@ -275,7 +276,7 @@ def layered(below: Host, env: Path, release: Release) -> Host:
         if below.kind == "cpu":
             _rename(packages(python), release)
         hook(Host(python, below.kind, below.wheel, below.layers), None, release)
-        limits = _constraints(release, below.kind)
+        limits = constraints(release, below.kind)
         held = ["-c", str(limits)] if limits.exists() else []
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install"]
         needs = [*release.runtimes[below.kind].packages, *TEST_TOOLS]

@@ -35,8 +35,6 @@ from scripts.pins import Release
 HOOK = "vllm_gemma4_verify"
 # What every process of a check runs.
 HOOKS = ("scripts/runtime_hook.py", "scripts/verify_hook.py")
-# What the environment of the checks is made from.
-ENVIRONMENT = ("pins.toml", "scripts/constraints-{tag}-{kind}.txt", *HOOKS)
 # Longer than any check takes; one that hangs must end.
 LIMIT = 1200
 # Results kept of one check: a series that is worked on makes new ones all the time.
@@ -738,9 +736,7 @@ def unknown(
             f"SINCE={since} is no revision of this project",
             "give a commit, branch or tag of it",
         )
-    kind = build.device()
-    for name in ENVIRONMENT:
-        name = name.format(tag=release.tag, kind=kind)
+    for name in sources(release, build.device()):
         now, then = ROOT / name, ""
         with contextlib.suppress(GitError):
             then = own("show", f"{commit}:./{name}")
@@ -767,8 +763,21 @@ def unknown(
     }
 
 
+def sources(release: Release, kind: str) -> list[str]:
+    """Return the files that the environment of the checks is made from.
+
+    Args:
+        release: the release.
+        kind: "cpu" or "cuda".
+    """
+    held = []
+    if kind in release.runtimes:
+        held.append(build.constraints(release, kind).relative_to(ROOT).as_posix())
+    return ["pins.toml", *held, *HOOKS]
+
+
 def _said(name: str, text: str, release: Release) -> object:
-    """Return what a file of ENVIRONMENT says of a release to checks."""
+    """Return what a file of `sources` says of a release to checks."""
     if name == "pins.toml":
         pins = tomllib.loads(text).get("releases", {}).get(release.tag, {})
         return {key: said for key, said in pins.items() if key != "wheel"}

@@ -544,6 +544,17 @@ def test_since(project: Project) -> None:
         (toy.root / f"scripts/constraints-{TAG}-{kind}.txt").write_text("a==1\n")
         said = project.verify(SINCE="main", PATCH="1")
         assert ("differs from main's" in said) == (kind == "cpu")
+    # A release can run on an older one's wheel, with the packages of that.
+    pins.write_text(text.replace('torch = "1"\n', 'torch = "1"\nversion = "0.9.0"\n'))
+    toy.git("add", "-A", at=toy.root)
+    toy.git("commit", "-qm", "two", at=toy.root)
+    for tag in (TAG, "v0.9.0"):
+        (toy.root / f"scripts/constraints-{tag}-cpu.txt").write_text("a==2\n")
+        ended = toy.run("verify", ok=None, **project.env(SINCE="main", PATCH="1"))
+        wanted = "scripts/constraints-v0.9.0-cpu.txt differs from main's: all patches"
+        assert (wanted in ended.stderr) == (tag == "v0.9.0"), ended.stderr
+        assert ("no patch to verify" in ended.stderr) == (tag == TAG), ended.stderr
+    pins.write_text(text)
     line = toy.fails("verify", **project.env(SINCE="nowhere"))
     assert "SINCE=nowhere is no revision of this project" in line
 
