@@ -165,28 +165,45 @@ def header(patch: Patch) -> Iterator[str]:
             yield f"a line of the message has {len(row)} columns: {row[:40]}..."
 
 
+def column(page: str, head: str) -> Iterator[tuple[str, str]]:
+    """Read a column of a document's tables of patches.
+
+    Args:
+        page: a document whose rows begin with a patch's number.
+        head: the column's.
+
+    Yields:
+        A patch's number and what its row has there.
+    """
+    at = -1
+    for row in page.splitlines():
+        if not row.startswith("|"):
+            at = -1
+            continue
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if head in cells:
+            at = cells.index(head)
+        elif 0 <= at < len(cells) and re.fullmatch(r"\d{4}", cells[0]):
+            yield cells[0], cells[at]
+
+
 def standing(page: str, patches: dict[str, Patch]) -> Iterator[str]:
     """Find rows of a table of patches that say another upstream status than they do.
 
     Args:
-        page: a document whose rows begin with a patch's number. The column is headed
-            "upstream"; a pending patch is "not submitted" there.
+        page: a document, see `column`. The column is headed "upstream"; a pending
+            patch is "not submitted" there.
         patches: the series by number.
 
     Yields:
         One line a finding.
     """
-    column = -1
-    for row in page.splitlines():
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        if row.startswith("|") and "upstream" in cells:
-            column = cells.index("upstream")
-        patch = patches.get(cells[0]) if row.startswith("|") else None
-        if not patch or column < 0:
+    for number, said in column(page, "upstream"):
+        if not (patch := patches.get(number)):
             continue
         wanted = patch.status.replace("Pending", "not submitted")
-        if cells[column] != wanted:
-            yield f"{cells[0]} is `{cells[column]}`, the patch says `{wanted}`"
+        if said != wanted:
+            yield f"{number} is `{said}`, the patch says `{wanted}`"
 
 
 def text(patch: Patch) -> Iterator[str]:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from scripts import console, git, pins, series
 from scripts.apply import count, open_own
-from scripts.console import BUILD, Failure, say, show
+from scripts.console import BUILD, ROOT, Failure, say, show
 from scripts.git import Clone, GitError, Scratch
-from scripts.lint import SECTIONS, Patch, load
+from scripts.lint import SECTIONS, Patch, column, load
 from scripts.pins import Release
 from scripts.rebase import MERGE
 
@@ -569,7 +569,28 @@ def upstream(release: Release, given: str, wanted: str) -> None:
     for path in work.files[:-1]:
         if path not in taken:
             say(f"it needs {path.name}: submit that first")
+    if missing := behind(files, number, work.files):
+        both = [path.name[:4] for path in (*(files[at] for at in more), *missing)]
+        listed = ", ".join(path.name for path in missing)
+        say(
+            f"it comes after {listed}, which it shows its worth behind: "
+            f"WITH={shlex.quote(' '.join(sorted(both)))}"
+        )
     print(_commands(clone, work, main))
+
+
+def behind(files: list[Path], number: int, made: list[Path]) -> list[Path]:
+    """Return the patches that one is to come after by the docs and does not.
+
+    Args:
+        files: the series.
+        number: the patch's place in it, from 0.
+        made: the patches of its branch.
+    """
+    page = ROOT / "docs" / "maintaining.md"
+    table = dict(column(page.read_text() if page.exists() else "", "after"))
+    wanted = table.get(files[number].name[:4], "").split()
+    return [path for path in files if path.name[:4] in wanted and path not in made]
 
 
 def _newer(release: Release) -> str:

@@ -145,6 +145,30 @@ def test_more_than_names_tell(project: Toy, main: Path) -> None:
     assert "WITH=9 is none of the series" in refused(project, main, WITH="9")
 
 
+def test_what_it_comes_after(project: Toy, main: Path) -> None:
+    """By a table of the docs, which some series have none of."""
+    line = "which it shows its worth behind"
+    assert line not in make(project, main, "4").stderr
+    page = project.root / "docs" / "maintaining.md"
+    page.parent.mkdir()
+    page.write_text(
+        "| column | after |\n|---|---|\n| seconds | what it took |\n\n"
+        "| | needs | after | upstream |\n|---|---|---|---|\n"
+        "| 0003 | 0001 | | not submitted |\n| 0004 | | 0001 0003 | not submitted |\n"
+    )
+    for given, said in (
+        ("", "0001-Model-Help.patch, 0003-Model-Help-b.patch, {}: WITH='0001 0003'"),
+        ("1", "0003-Model-Help-b.patch, {}: WITH='0001 0003'"),
+        ("3", ""),
+        ("0003 0001", ""),
+    ):
+        project.git("branch", "-qD", BRANCHES["4"], at=main)
+        told = make(project, main, "4", WITH=given).stderr
+        assert (line in told) == bool(said), told
+        assert f"\nit comes after {said.format(line)}\n" in told or not said, told
+    assert line not in make(project, main, "3").stderr
+
+
 def test_commit(project: Toy, main: Path) -> None:
     make(project, main, "3")
     branch = BRANCHES["3"]
