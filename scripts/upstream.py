@@ -539,7 +539,7 @@ def upstream(release: Release, given: str, wanted: str) -> None:
                 taken.append(path)
                 say(f"{main} has {path.name} already")
             elif stuck and go_on:
-                _write_text(work, template, taken)
+                _write_text(work, template, taken, release)
                 _leave(clone, shop, work, work.commits[at:], who)
                 raise Failure(
                     f"{path.name} conflicts with {main} in {', '.join(stuck)} in "
@@ -558,7 +558,7 @@ def upstream(release: Release, given: str, wanted: str) -> None:
                 f"{main} of {show(clone.path)} has {work.files[-1].name} already",
                 "there is nothing to submit",
             )
-        _write_text(work, template, taken)
+        _write_text(work, template, taken, release)
         _fetch(clone, shop, f"refs/heads/{work.branch}")
     date = clone("log", "-1", "--format=%cs", start)
     say(
@@ -576,7 +576,7 @@ def upstream(release: Release, given: str, wanted: str) -> None:
             f"it comes after {listed}, which it shows its worth behind: "
             f"WITH={shlex.quote(' '.join(sorted(both)))}"
         )
-    print(_commands(clone, work, main))
+    print(_commands(clone, work, main, release))
 
 
 def behind(files: list[Path], number: int, made: list[Path]) -> list[Path]:
@@ -601,11 +601,17 @@ def _newer(release: Release) -> str:
     return f", or try RELEASE={patched[-1]}" if patched[-1] != release.tag else ""
 
 
-def _write_text(work: Work, template: str, taken: list[Path]) -> None:
+def _write_text(work: Work, template: str, taken: list[Path], release: Release) -> None:
     patches = [load(path) for path in work.files if path not in taken]
     needs = [f'"{patch.title}"' for patch in patches[:-1]]
     work.place.mkdir(parents=True, exist_ok=True)
-    text = body(template, work.title, parts(patches[-1]), needs)
+    said = parts(patches[-1])
+    if result := said.get("Test Result"):
+        said["Test Result"] = (
+            f"Measured on {release.tag} with the whole series; to be run again on this "
+            f"branch.\n\n{result}"
+        )
+    text = body(template, work.title, said, needs)
     path = work.place / "body.md"
     if path.exists() and path.read_text() != text:
         # A person was to edit it.
@@ -614,7 +620,7 @@ def _write_text(work: Work, template: str, taken: list[Path]) -> None:
     path.write_text(text)
 
 
-def _commands(clone: Clone, work: Work, main: str) -> str:
+def _commands(clone: Clone, work: Work, main: str, release: Release) -> str:
     """Return what a person runs, in a terminal's words."""
     patch = load(work.files[-1])
     text = shlex.quote(str(work.place / "body.md"))
@@ -638,6 +644,8 @@ def _commands(clone: Clone, work: Work, main: str) -> str:
             f"gh issue list {repository} --search {shlex.quote(words)}",
             "# Say in the text why it duplicates none, what you ran, and that AI",
             "# assisted if it did (also as a trailer, Assisted-by: or the like).",
+            "# Put your own results in the place of those that are there: they are of",
+            f"# {release.tag} with the whole series.",
             f"$EDITOR {text}",
             f"git push YOUR_FORK {work.branch}",
             f"gh pr create {repository} --base main --head YOU:{work.branch} "

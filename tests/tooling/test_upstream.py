@@ -34,6 +34,9 @@ TEMPLATE = """<!-- lint off -->
 
 - [ ] AI assistance was used.
 """
+MEASURED = (
+    "Measured on v1.0.0 with the whole series; to be run again on this branch.\n\n"
+)
 BRANCHES = {
     "1": "gemma4-0001-help",
     "2": "gemma4-0002-name-ten",
@@ -201,13 +204,15 @@ def test_text(project: Toy, main: Path) -> None:
     place = project.root / "build" / "upstream" / BRANCHES["3"]
     assert (place / "body.md").read_text() == (
         '<!-- lint off -->\n\n## Overview\n\nHelp b. It comes after "[Model] Help".'
-        "\n\n## Claims\n\n- Help b\n\n## Validation\n\nrun it.\n\nit ran."
+        f"\n\n## Claims\n\n- Help b\n\n## Validation\n\nrun it.\n\n{MEASURED}it ran."
         "\n\n## Details\n\nsee what happens.\n\n---\n\n- [ ] AI assistance was used.\n"
     )
     for word in ("pre-commit run --from-ref main", "gh pr list", "gh pr create", "AI"):
         assert word in done.stdout
     assert "--title '[Model] Help b'" in done.stdout
     assert "git push" in done.stdout
+    assert "Put your own results in the place of those that are there" in done.stdout
+    assert "\n# v1.0.0 with the whole series.\n$EDITOR " in done.stdout
 
 
 def test_text_that_was_edited_is_kept(project: Toy, main: Path) -> None:
@@ -232,7 +237,7 @@ def test_text_without_a_template(project: Toy, main: Path) -> None:
     place = project.root / "build" / "upstream" / BRANCHES["2"]
     assert (place / "body.md").read_text() == (
         "## Purpose\n\nsee what happens.\n\n## Test Plan\n\nrun it.\n\n"
-        "## Test Result\n\nit ran.\n"
+        f"## Test Result\n\n{MEASURED}it ran.\n"
     )
 
 
