@@ -5,6 +5,7 @@
 standard library alone, for nothing else is there yet.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -84,3 +85,16 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        what = error.filename or BUILD
+        if error.errno == errno.ENOSPC:
+            line = f"no space left for {what}: free some and run this again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            line = (
+                f"{what} cannot be read or written: check its owner, or work in a "
+                "copy of the project"
+            )
+        else:
+            line = f"{what}: {error.strerror}: mend that and run this again"
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)

@@ -4,12 +4,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import OURS, ROOT, Toy
+from test_rebase import confined
 
 sys.path.insert(0, str(ROOT))
 
@@ -157,6 +159,53 @@ def test_old_python_is_refused(tmp_path: Path) -> None:
 def test_no_python_is_refused() -> None:
     done = make("tools", "PYTHON3=no-such-python")
     assert "error: no no-such-python: install Python 3.11 or newer" in done.stderr
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """The project as someone has just got it."""
+    root = tmp_path / "project"
+    shutil.copytree(
+        ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("Makefile", "pins.toml", "pyproject.toml"):
+        shutil.copy(ROOT / name, root)
+    return root
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_read_only_project(fresh: Path, built: bool) -> None:
+    if built:
+        (fresh / "build").mkdir(mode=0o555)
+    fresh.chmod(0o555)
+    try:
+        done = subprocess.run(
+            [*confined(), "make", "apply", f"PYTHON3={sys.executable}"],
+            cwd=fresh,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        fresh.chmod(0o755)
+    assert done.returncode and "Traceback" not in done.stderr
+    path = fresh / "build" / (".tools.lock" if built else "")
+    line = f"error: {path} cannot be read or written: check its owner, or work in a "
+    assert done.stderr.splitlines()[0] == line + "copy of the project"
+
+
+def test_no_space_for_the_tools(fresh: Path) -> None:
+    code = (
+        "import errno, pathlib, runpy\n"
+        "def full(path, *args, **more):\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
+        "pathlib.Path.mkdir = full\n"
+        "runpy.run_path('scripts/bootstrap.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=fresh, capture_output=True, text=True
+    )
+    said = f"error: no space left for {fresh / 'build'}: free some and run this again\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_checkpoint_of_diffusion_gemma(tmp_path: Path) -> None:
