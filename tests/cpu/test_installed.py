@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ TOOLS = ROOT / "build" / "tools" / "bin" / "python"
 MAKE = """
 import dataclasses, pathlib, sys
 from scripts import console, fetch, install, pins, wheel
-release = pins.load()
+release = pins.load(console.option("RELEASE"))
 how, python = sys.argv[1], pathlib.Path(sys.argv[2])
 pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
 with console.lock():
@@ -42,6 +43,24 @@ with console.lock():
         install.into(release, str(python), False)
 """
 SETTINGS = {"checkout": "", "env": {}, "layers": [], "modules": {}, "schemas": True}
+
+
+def missing(machine: str) -> str:
+    """Say that the release has no CPU wheel of its own, empty if it has."""
+    # scripts.pins needs more than this environment may have.
+    pins = tomllib.loads((ROOT / "pins.toml").read_text())
+    tag = os.environ.get("RELEASE") or pins["default"]
+    pin = pins["releases"][tag]
+    runtime = pin.get("cpu", {})
+    has = runtime.get("version", pin["version"]) == pin["version"]
+    if has and machine in runtime.get("wheels", {}):
+        return ""
+    return f"{tag} has no CPU wheel of its own for {machine}"
+
+
+pytestmark = pytest.mark.skipif(
+    bool(missing(platform.machine())), reason=missing(platform.machine())
+)
 
 
 @pytest.fixture
