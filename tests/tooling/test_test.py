@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,41 @@ def test_a_crash_is_a_failure(toy: Toy) -> None:
     done = toy.run("test", ok=None, STAGE="tooling")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(toy: Toy, tmp_path: Path, sent: signal.Signals) -> None:
+    """What a test started ends with it."""
+    pid = tmp_path / "pid"
+    code = f"echo $$ > {pid}.new && mv {pid}.new {pid} && exec sleep 600"
+    text = f'import subprocess\n\ndef test_slow(): subprocess.run("{code}", shell=True)'
+    tooling(toy, text + "\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.test"],
+        cwd=toy.root,
+        env=toy.environ(STAGE="tooling"),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        for _ in range(600):
+            if pid.exists():
+                break
+            time.sleep(0.1)
+        running.send_signal(sent)
+        try:
+            _, said = running.communicate(timeout=30)
+        finally:
+            running.kill()  # or leaving waits for it
+    assert running.returncode == 130
+    assert said.splitlines()[-1].startswith("interrupted: nothing is lost")
+    # Killed, it may have to be waited for by what has no part in this.
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split(") ")[1][0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("what a test started is still there")
 
 
 def test_nothing_run_is_a_failure(toy: Toy) -> None:
