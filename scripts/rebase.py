@@ -11,7 +11,9 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -338,8 +340,51 @@ class Tree(Clone):
     def loose(self) -> str:
         """Return a file that no commit of what is staged would have."""
         listed = self("diff", "--name-only", "-z")
-        listed += self("ls-files", "--others", "--exclude-standard", "-z")
+        return listed.partition("\0")[0] or self.others()
+
+    def others(self) -> str:
+        """Return a file that git does not know, empty if there is none."""
+        listed = self("ls-files", "--others", "--exclude-standard", "-z")
         return listed.partition("\0")[0]
+
+    def snapshot(self, message: str) -> str:
+        """Return a commit of all that is here, HEAD itself if that is all.
+
+        Neither HEAD nor the index moves, so a run that is killed here can be run again.
+        """
+        with console.scratch() as folder:
+            index = folder / "index"
+            # With what it knows of the files, git need not read them all.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy2(self.dir / "index", index)
+            self("add", "-A", GIT_INDEX_FILE=str(index))
+            made = self("write-tree", GIT_INDEX_FILE=str(index))
+        if made == self("rev-parse", "HEAD^{tree}"):
+            return self.resolve("HEAD")
+        return self(
+            *("commit-tree", made, "-p", "HEAD", "-m", message),
+            GIT_AUTHOR_NAME=git.NAME,
+            GIT_AUTHOR_EMAIL=git.EMAIL,
+        )
+
+    @contextlib.contextmanager
+    def trial(self, commit: str) -> Iterator["Trial"]:
+        """Pick a commit on HEAD into an empty folder; nothing here changes."""
+        with console.scratch() as folder:
+            index, files = str(folder / "index"), folder / "files"
+            files.mkdir()
+            self("read-tree", "HEAD", GIT_INDEX_FILE=index)
+            with contextlib.suppress(GitError):
+                self(
+                    *("-c", "rerere.enabled=false", "cherry-pick", "-n", commit),
+                    GIT_INDEX_FILE=index,
+                    GIT_WORK_TREE=str(files),
+                )
+            listed = self(
+                *("diff", "--cached", "--name-only", "--no-renames", "-z", "HEAD"),
+                GIT_INDEX_FILE=index,
+            )
+            yield Trial(files, set(listed.split("\0")) - {""})
 
     def picking(self) -> bool:
         """Return whether a cherry-pick stopped."""
@@ -359,6 +404,40 @@ class Tree(Clone):
     def date(self, commit: str) -> str:
         """Return when a commit was authored; so dated, its heirs do not vary."""
         return self("log", "-1", "--format=%aI", commit)
+
+
+@dataclass
+class Trial:
+    """What a pick writes: in which folder, and the names that it changes."""
+
+    folder: Path
+    names: set[str]
+
+    def wrote(self, tree: Path, name: str) -> bool:
+        """Return whether a file is as the pick leaves it, perhaps cut off."""
+        path, whole = tree / name, self.folder / name
+        if name not in self.names or path.is_symlink() or path.is_dir():
+            return False
+        if not path.exists():
+            # git removes a file before it writes it anew.
+            return True
+        return whole.is_file() and whole.read_bytes().startswith(path.read_bytes())
+
+
+def _keep(clone: Clone, state: State, commit: str) -> str:
+    """Keep a commit of a rebase's worktree; return the ref's name."""
+    name = f"refs/gemma4/aborted/{state.name}"
+    if clone.dir != clone.common:
+        # One of several worktrees.
+        name += f"-{clone.key}"
+    return clone.keep(commit, name)
+
+
+def _keep_changes(clone: Clone, tree: Tree, state: State) -> None:
+    """Keep what is in the worktree and in no commit of the rebase, and say where."""
+    message = f"What was changed during the rebase to {state.name}"
+    kept = _keep(clone, state, tree.snapshot(message))
+    say(f"what was changed in {show(tree.path)} is kept as {kept}")
 
 
 def _open(clone: Clone, state: State) -> Tree | None:
@@ -537,7 +616,7 @@ def _settle(clone: Clone, tree: Tree, state: State) -> None:
         return
     head = tree.resolve("HEAD")
     if head == state.tip and not state.stopped:
-        _undo(tree, state, commit)
+        _undo(clone, tree, state, commit)
         return
     if left := [*tree.dirty(), tree.loose()][0]:
         raise Failure(
@@ -556,13 +635,34 @@ def _settle(clone: Clone, tree: Tree, state: State) -> None:
     if state.stopped:
         note = ", ".join(state.stopped) + (f"; {len(made)} commits" if made[1:] else "")
         _record(clone, state, "conflict", head, note)
-    else:
-        _record(clone, state, _kind(tree, commit, head), head)
+        return
+    pick = series.content(clone.raw(commit))
+    if [_whose(content) for content in made] != [_whose(pick)]:
+        others = [_whose(content)[1] for content in made]
+        at = shlex.quote(where)
+        raise Failure(
+            f"{where} has other commits than {state.next} ({', '.join(others)}), which "
+            "was not picked to its end",
+            f"keep them with `git -C {at} branch mine`, then `git -C {at} reset --keep "
+            f"{state.tip[:12]}` and `{GO_ON}`, or `{GIVE_UP}`, which keeps them too",
+        )
+    _record(clone, state, _kind(tree, commit, head), head)
+
+
+def _whose(content: series.Content) -> tuple[str, str]:
+    """Return what a pick leaves of a commit: author with date, and subject."""
+    return content.author, content.message.split("\n")[0]
 
 
 def _finish_pick(clone: Clone, tree: Tree, state: State, commit: str) -> None:
     """Commit a pick whose conflicts are mended."""
     where = show(tree.path)
+    if (other := tree.resolve("CHERRY_PICK_HEAD")) != commit:
+        raise Failure(
+            f"a cherry-pick of {other[:12]}, which is not {state.next}, is under way "
+            f"in {where}",
+            f"end it, then `{GO_ON}`",
+        )
     if files := tree.unmerged():
         if not state.stopped:
             _stop(clone, tree, state, files)
@@ -595,19 +695,18 @@ def _finish_pick(clone: Clone, tree: Tree, state: State, commit: str) -> None:
     _record(clone, state, kind, head, mended)
 
 
-def _undo(tree: Tree, state: State, commit: str) -> None:
-    """Take away what a killed pick wrote before git knew of it."""
-    added = tree(
-        *("diff-tree", "-r", "-z", "--no-commit-id", "--name-only"),
-        *("--diff-filter=A", commit),
-    )
-    for name in filter(None, added.split("\0")):
-        path = tree.path / name
-        if path.is_file() and not tree("ls-tree", state.tip, "--", name):
-            whole = tree("cat-file", "blob", f"{commit}:{name}")
-            data = path.read_bytes()
-            if whole.encode(errors="surrogateescape").startswith(data.rstrip(b"\n")):
+def _undo(clone: Clone, tree: Tree, state: State, commit: str) -> None:
+    """Take away what a killed pick wrote before git knew of it, and nothing else."""
+    if not tree.dirty() and not tree.others():
+        return
+    with tree.trial(commit) as trial:
+        there = tree.blobs("HEAD")
+        for name in trial.names - there.keys():
+            path = tree.path / name
+            if path.exists() and trial.wrote(tree.path, name):
                 path.unlink()
+        if not all(trial.wrote(tree.path, name) for name in tree.dirty()):
+            _keep_changes(clone, tree, state)
     tree("reset", "-q", "--hard", state.tip)
 
 
@@ -646,6 +745,11 @@ def _finish(clone: Clone, state: State) -> None:
         then = f"git -C {where} switch {state.branch} && {then}"
     if kept:
         say(f"what {state.branch} was at before is {kept}")
+    if tree := _open(clone, state):
+        # A file that is only missing was removed with the worktree, by a killed run.
+        changed = [name for name in tree.dirty() if (tree.path / name).exists()]
+        if changed or tree.others() or tree.resolve("HEAD") != state.tip:
+            _keep_changes(clone, tree, state)
     _end(clone, state)
     width = max(map(len, state.patches))
     for name, step in zip(state.patches, state.done, strict=True):
@@ -687,29 +791,17 @@ def abort(clone: Clone, state: State) -> None:
         clone: the checkout.
         state: the rebase.
     """
-    kept = f"refs/gemma4/aborted/{state.name}"
-    if clone.dir != clone.common:
-        # One of several worktrees.
-        kept += f"-{clone.key}"
     tip = state.tip
     if tree := _open(clone, state):
         (tree.dir / "index.lock").unlink(missing_ok=True)
-        tree("-c", "rerere.enabled=false", "add", "-A")
-        if tree.staged():
-            tree(
-                *("-c", "rerere.enabled=false", "commit", "-q", "--no-verify"),
-                *("-m", f"What was there when the rebase to {state.name} was given up"),
-                GIT_AUTHOR_NAME=git.NAME,
-                GIT_AUTHOR_EMAIL=git.EMAIL,
-            )
-        tip = tree.resolve("HEAD")
-    if tip != state.onto:
-        kept = clone.keep(tip, kept)
+        message = f"What was there when the rebase to {state.name} was given up"
+        tip = tree.snapshot(message)
+    kept = _keep(clone, state, tip) if tip != state.onto else ""
     if not tree and _seen(state):
         say(f"{show(Path(state.tree))} is no worktree any more and is left alone")
         state.tree = ""
     _end(clone, state)
-    more = f"; what was done is kept as {kept}" if tip != state.onto else ""
+    more = f"; what was done is kept as {kept}" if kept else ""
     say(f"gave up the rebase to {state.name}: all is as it was{more}")
 
 

@@ -890,6 +890,121 @@ def test_interrupted_anywhere(
     assert hits >= (3 if verb == "abort" else 6), hits
 
 
+def stopped_short(toy: Toy, tmp_path: Path, script: str = ":") -> None:
+    """Kill a rebase as it picks the second patch."""
+    n = tmp_path / "n"
+    path = instead(
+        tmp_path,
+        "cherry-pick",
+        f'echo >> "{n}"; if [ $(wc -l < "{n}") = 2 ]; then {script}; '
+        "kill -9 $PPID; exit 1; fi",
+    )
+    assert toy.run("rebase", ok=None, TO=NEW, PATH=path).returncode == -9
+    assert toy.git("log", "-1", "--format=%s", at=tree(toy)) == "[Model] Name ten"
+
+
+def test_own_commit_after_an_interrupt(filled: Toy, tmp_path: Path) -> None:
+    """It is not the pick, so the patch is not done."""
+    upstream(filled)
+    stopped_short(filled, tmp_path)
+    tip = filled.head(tree(filled))
+    filled.change("run.sh", "", "echo\n", "Mine", at=tree(filled))
+    mine = filled.head(tree(filled))
+    for env in ({"TO": NEW}, {"CONTINUE": "1"}):
+        line = filled.fails("rebase", **env)
+        assert f"has other commits than {SECOND} ([Model] Mine)" in line
+        assert "ABORT=1" in line and filled.head(tree(filled)) == mine
+    for hint in line.split("`")[1:4:2]:
+        subprocess.run(hint, shell=True, cwd=filled.root, check=True)
+    assert filled.head(tree(filled)) == tip
+    done = filled.run("rebase", CONTINUE="1")
+    assert outcomes(done.stderr) == {FIRST: "clean", SECOND: "clean", THIRD: "clean"}
+    whole(filled)
+    assert filled.git("rev-parse", "mine") == mine
+
+
+@pytest.mark.parametrize("more", ["", "on top", "amended"])
+def test_pick_that_was_done_at_an_interrupt(
+    filled: Toy, tmp_path: Path, more: str
+) -> None:
+    upstream(filled)
+    stopped_short(filled, tmp_path)
+    filled.git("cherry-pick", f"{BRANCH}~1", at=tree(filled))
+    if more == "on top":
+        filled.change("run.sh", "", "echo\n", "Mine", at=tree(filled))
+        line = filled.fails("rebase", TO=NEW)
+        assert f"than {SECOND} ([Model] Wörter, [Model] Mine)" in line
+        return
+    if more == "amended":
+        (tree(filled) / "run.sh").write_text("mine\n")
+        assert "uncommitted changes in run.sh" in filled.fails("rebase", TO=NEW)
+        filled.git("commit", "-qa", "--amend", "--no-edit", at=tree(filled))
+    done = filled.run("rebase", TO=NEW)
+    kind = "merged" if more else "clean"
+    assert outcomes(done.stderr) == {FIRST: "clean", SECOND: kind, THIRD: "clean"}
+    log = filled.git("log", "--format=%s", f"{NEW}..{NEW_BRANCH}").splitlines()
+    assert log == ["[Model] A new file", "[Model] Wörter", "[Model] Name ten"]
+
+
+@pytest.mark.parametrize("name", ["run.sh", "vllm/b.py", "notes.txt"])
+def test_edit_after_an_interrupt(filled: Toy, tmp_path: Path, name: str) -> None:
+    """A file that the patch does not change, one that it does, and a new one."""
+    upstream(filled)
+    stopped_short(filled, tmp_path)
+    (tree(filled) / name).write_text("mine\n")
+    done = filled.run("rebase", TO=NEW)
+    kept = f"refs/gemma4/aborted/{NEW}"
+    said = f"what was changed in build/rebase-{NEW} is kept as {kept}\n"
+    assert done.stderr.count(said) == 1
+    assert filled.git("show", f"{kept}:{name}") == "mine"
+    assert outcomes(done.stderr) == {FIRST: "clean", SECOND: "clean", THIRD: "clean"}
+    whole(filled)
+    assert "mine" not in filled.git("log", "-p", f"{NEW}..{NEW_BRANCH}")
+
+
+@pytest.mark.parametrize("at", ["b", "cut", "gone", "staged"])
+def test_what_an_interrupted_pick_left_is_not_kept(
+    filled: Toy, tmp_path: Path, at: str
+) -> None:
+    upstream(filled, b=("b40 = 40\n", "b40 = 'upstream'\n"))
+    stopped_short(filled, tmp_path)
+    path = tree(filled) / "vllm/b.py"
+    text = path.read_text().replace("b50 = 50\n", "b50 = 'é'\n")
+    if at == "gone":
+        path.unlink()
+    else:
+        path.write_text(text[:200] if at == "cut" else text)
+    if at == "staged":
+        filled.git("add", "-A", at=tree(filled))
+    assert "is kept as" not in filled.run("rebase", TO=NEW).stderr
+    whole(filled)
+    assert "'é'" in (filled.own / "vllm/b.py").read_text()
+
+
+def test_file_in_the_way_that_is_committed(filled: Toy, tmp_path: Path) -> None:
+    upstream(filled)
+    mine = tree(filled) / "vllm" / "new.py"
+    path = instead(tmp_path, "cherry-pick", f'echo mine > "{mine}"')
+    assert f"{THIRD} could not be picked" in filled.fails("rebase", TO=NEW, PATH=path)
+    filled.git("add", "vllm/new.py", at=tree(filled))
+    filled.git("commit", "-qm", "Mine", at=tree(filled))
+    assert f"other commits than {THIRD} (Mine)" in filled.fails("rebase", CONTINUE="1")
+    filled.git("reset", "-q", "--soft", "HEAD~1", at=tree(filled))
+    assert "is kept as" in filled.run("rebase", CONTINUE="1").stderr
+    whole(filled)
+    assert filled.git("show", f"refs/gemma4/aborted/{NEW}:vllm/new.py") == "mine"
+    assert "x = 1" in (filled.own / "vllm/new.py").read_text()
+
+
+def test_another_cherry_pick(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    filled.git("cherry-pick", "--skip", at=tree(filled))
+    filled.git("update-ref", "CHERRY_PICK_HEAD", BRANCH, at=tree(filled))
+    line = filled.fails("rebase", CONTINUE="1")
+    assert f"which is not {FIRST}, is under way" in line
+
+
 def test_two_at_once(filled: Toy) -> None:
     upstream(filled)
     with filled.at_work():
