@@ -5,7 +5,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: wheel install-into upstream bench bench-cpu report
 
 PYTHON3 ?= python3
-export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT ARGS STAGE TO TO_DIR
+export RELEASE VLLM PYTHON DEVICE CONTINUE ABORT DROP ARGS STAGE TO TO_DIR
 export PATCH SINCE FULL JOBS MINUTES PARTIAL
 export UNDO BUMP MACHINE ONTO WITH LEVEL RESULTS
 
@@ -23,7 +23,8 @@ help: ## list the targets
 	@echo 'FULL=1         verify: every test after every patch; JOBS=n at a time, MINUTES=n'
 	@echo '               PARTIAL=1: what MINUTES= leave out is named, but no failure'
 	@echo 'TO=tag         rebase, status: the release to go to, or TO_DIR=path of a clone'
-	@echo '               rebase: CONTINUE=1 goes on after a conflict, ABORT=1 gives up'
+	@echo '               rebase: CONTINUE=1 goes on after a conflict, ABORT=1 gives up,'
+	@echo '               CONTINUE=1 DROP=1 goes on without the patch that conflicts'
 	@echo 'MACHINE=name   wheel: for x86_64 or aarch64; BUMP=1 gives a changed series a number'
 	@echo 'ONTO=ref       upstream: another branch than main; WITH="0004" what else it needs'
 	@echo 'LEVEL=name     bench: only these (layer, host, tower, scaling, step, serving, rates); RESULTS=path adds to it'

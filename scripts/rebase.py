@@ -49,6 +49,7 @@ MERGE = {
 # In the project's own checkout a conflict that was mended once is not asked again.
 REMEMBER = {"rerere.enabled": "true", "rerere.autoUpdate": "true"}
 GO_ON = console.make("rebase CONTINUE=1")
+DROP = console.make("rebase CONTINUE=1 DROP=1")
 GIVE_UP = console.make("rebase ABORT=1")
 
 
@@ -561,7 +562,8 @@ def _stop(clone: Clone, tree: Tree, state: State, files: list[str]) -> NoReturn:
     say(f"  git -C {shlex.quote(where)} show CHERRY_PICK_HEAD -- {quoted}")
     raise Failure(
         f"{state.next} conflicts with {state.name} in {', '.join(files)}",
-        f"mend and `git add` them in {where}, then `{GO_ON}` (or `{GIVE_UP}`)",
+        f"mend and `git add` them in {where}, then `{GO_ON}` (or `{DROP}`, which drops "
+        f"the patch, or `{GIVE_UP}`)",
     )
 
 
@@ -624,7 +626,8 @@ def _settle(clone: Clone, tree: Tree, state: State) -> None:
             f"commit or restore them, then `{GO_ON}`",
         )
     if head == state.tip:
-        _record(clone, state, "dropped", head, "by you")
+        # `cherry-pick --abort` leaves the same as `--skip`.
+        say(f"{where} has nothing of {state.next}: picking it again")
         return
     made = contents(tree, state.tip, head)
     if made is None:
@@ -693,6 +696,26 @@ def _finish_pick(clone: Clone, tree: Tree, state: State, commit: str) -> None:
     head = tree.resolve("HEAD")
     kind = "conflict" if mended else _kind(tree, commit, head)
     _record(clone, state, kind, head, mended)
+
+
+def _drop(clone: Clone, tree: Tree, state: State) -> None:
+    """Leave out the patch that a person was asked to mend."""
+    where = shlex.quote(show(tree.path))
+    if not state.stopped:
+        raise Failure("DROP= is given, but no patch has stopped", f"`{GO_ON}` first")
+    if tree.resolve("HEAD") != state.tip:
+        raise Failure(
+            f"{where} has commits for {state.next}, so DROP=1 does not drop it",
+            f"`git -C {where} reset --keep {state.tip[:12]}` first, or `{GO_ON}`",
+        )
+    commit = state.commits[len(state.done)]
+    with tree.trial(commit) as trial:
+        if not all(trial.wrote(tree.path, name) for name in tree.dirty()):
+            _keep_changes(clone, tree, state)
+    # Or what upstream has would be remembered as how this was mended.
+    tree("rerere", "clear")
+    tree("reset", "-q", "--hard", state.tip)
+    _record(clone, state, "dropped", state.tip, "by you")
 
 
 def _undo(clone: Clone, tree: Tree, state: State, commit: str) -> None:
@@ -826,6 +849,9 @@ def rebase(clone: Clone) -> None:
     go_on, give_up = console.enabled("CONTINUE"), console.enabled("ABORT")
     if go_on and give_up:
         raise Failure("both CONTINUE= and ABORT= are given", "give one of them")
+    drop = console.enabled("DROP")
+    if drop and not go_on:
+        raise Failure("DROP= is given without CONTINUE=", f"give both: `{DROP}`")
     release = pins.load(console.option("RELEASE"))
     state = load(clone)
     if (go_on or give_up) and not state:
@@ -847,7 +873,9 @@ def rebase(clone: Clone) -> None:
                 f"a rebase to {state.name} is under way, stopped at {state.next}",
                 f"go on with `{GO_ON}` or give it up with `{GIVE_UP}`",
             )
-        if state.next:
+        if drop:
+            _drop(clone, _tree(clone, state), state)
+        elif state.next:
             _settle(clone, _tree(clone, state), state)
     else:
         state = _begin(clone, release)

@@ -192,7 +192,7 @@ def pytest(
 _OWN = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PARTIAL", "PATCH", "SINCE"),
-    *("ABORT", "TO", "TO_DIR"),
+    *("ABORT", "DROP", "TO", "TO_DIR"),
     *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH", "LEVEL", "RESULTS"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONPATH"),
 }

@@ -298,7 +298,7 @@ def release(toy: Toy, tag: str, tree: dict[str, str], commit: str = "0000000") -
 OURS = {
     *("RELEASE", "VLLM", "PYTHON", "DEVICE", "CONTINUE", "ARGS", "STAGE"),
     *("FULL", "JOBS", "MINUTES", "PARTIAL", "PATCH", "SINCE"),
-    *("ABORT", "TO", "TO_DIR"),
+    *("ABORT", "DROP", "TO", "TO_DIR"),
     *("UNDO", "BUMP", "MACHINE", "ONTO", "WITH", "LEVEL", "RESULTS"),
     *("MAKEFLAGS", "MFLAGS", "MAKELEVEL"),
 }

@@ -248,13 +248,59 @@ def test_file_in_the_way_of_a_pick(filled: Toy, tmp_path: Path) -> None:
     whole(filled)
 
 
-def test_person_skips(filled: Toy) -> None:
+@pytest.mark.parametrize("how", ["--skip", "--abort"])
+def test_person_skips(filled: Toy, how: str) -> None:
+    """The two leave the same, so the patch is picked again."""
     upstream(filled, **CONFLICT)
     filled.fails("rebase", TO=NEW)
-    filled.git("cherry-pick", "--skip", at=tree(filled))
+    filled.git("cherry-pick", how, at=tree(filled))
+    done = filled.run("rebase", ok=False, CONTINUE="1")
+    assert f"has nothing of {FIRST}: picking it again" in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert f"{FIRST} conflicts with {NEW} in vllm/a.py" in line
+    assert "(or `make rebase CONTINUE=1 DROP=1`, which drops the patch" in line
+    mend(filled)
     done = filled.run("rebase", CONTINUE="1")
-    assert outcomes(done.stderr)[FIRST] == "dropped by you"
+    assert outcomes(done.stderr)[FIRST] == "conflict vllm/a.py"
+
+
+@pytest.mark.parametrize("how", ["as it is", "--skip", "half mended"])
+def test_person_drops(filled: Toy, how: str) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    if how == "--skip":
+        filled.git("cherry-pick", how, at=tree(filled))
+    if how == "half mended":
+        mend(filled)
+    done = filled.run("rebase", CONTINUE="1", DROP="1")
+    said = outcomes(done.stderr)
+    assert said == {FIRST: "dropped by you", SECOND: "clean", THIRD: "clean"}
+    whole(filled)
     assert "'upstream'" in (filled.own / "vllm/a.py").read_text()
+    kept = f"refs/gemma4/aborted/{NEW}"
+    assert (f"is kept as {kept}\n" in done.stderr) == (how == "half mended")
+    if how == "half mended":
+        assert "a10 = 'both'" in filled.git("show", f"{kept}:vllm/a.py")
+    # That it was dropped is no way to mend it.
+    filled.git("switch", "-q", BRANCH)
+    assert "mended as the last time" not in filled.fails("rebase", TO=NEW)
+
+
+def test_drop_where_nothing_waits_for_it(filled: Toy, tmp_path: Path) -> None:
+    upstream(filled, b=("b50 = 50\n", "b50 = 'upstream'\n"))
+    assert "DROP= is given without CONTINUE=" in filled.fails(
+        "rebase", TO=NEW, DROP="1"
+    )
+    stopped_short(filled, tmp_path)
+    line = filled.fails("rebase", CONTINUE="1", DROP="1")
+    assert "no patch has stopped: `make rebase CONTINUE=1` first" in line
+    assert SECOND in filled.fails("rebase", CONTINUE="1")
+    mend(filled, "vllm/b.py", "b50 = 'both'\n")
+    filled.git("cherry-pick", "--continue", at=tree(filled))
+    line = filled.fails("rebase", CONTINUE="1", DROP="1")
+    assert f"has commits for {SECOND}, so DROP=1 does not drop it" in line
+    done = filled.run("rebase", CONTINUE="1")
+    assert outcomes(done.stderr)[SECOND] == "conflict vllm/b.py"
 
 
 def test_person_begins_something_else(filled: Toy) -> None:
