@@ -325,7 +325,25 @@ def _continue(clone: Clone, halt: series.Conflict) -> None:
     say(f"a three-way merge made all of it fit: `{export}` writes that to patches/")
 
 
-def refuse_unexported(clone: Clone, branch: str, base: str, recorded: str) -> None:
+def export_command(clone: Clone, tag: str) -> str:
+    """Return the command that writes the commits of a release's branch to patches/.
+
+    Args:
+        clone: where the branch is.
+        tag: which release.
+    """
+    plain = tag == pins.load().tag and not console.option("RELEASE")
+    words = "export" if plain else f"export RELEASE={tag}"
+    branch = pins.load(tag).branch
+    if f"ref: refs/heads/{branch}" == (clone.dir / "HEAD").read_text().strip():
+        return console.make(words)
+    where = shlex.quote(show(clone.path))
+    return f"git -C {where} switch {branch} && {console.make(words)}"
+
+
+def refuse_unexported(
+    clone: Clone, branch: str, base: str, recorded: str, hint: str
+) -> None:
     """Refuse a branch with work that is nowhere else.
 
     Args:
@@ -333,6 +351,7 @@ def refuse_unexported(clone: Clone, branch: str, base: str, recorded: str) -> No
         branch: its name; it need not exist.
         base: the commit it starts from.
         recorded: the ref that remembers what of it is in patches/.
+        hint: how to write them, followed by how to drop them.
 
     Raises:
         Failure: it has commits that patches/ has not.
@@ -341,7 +360,7 @@ def refuse_unexported(clone: Clone, branch: str, base: str, recorded: str) -> No
     if now and now not in (clone.resolve(recorded), base):
         raise Failure(
             f"{branch} in {show(clone.path)} has commits that patches/ has not",
-            f"write them with `{console.make('export')}`, or drop them with `git -C "
+            f"{hint} drop them with `git -C "
             f"{shlex.quote(show(clone.path))} branch -m {branch} {branch}-old`",
         )
 
@@ -401,7 +420,13 @@ def _apply(clone: Clone, base: str, release: Release) -> None:
         return
     refuse_unready(clone)
     if not same:
-        refuse_unexported(clone, release.branch, base, applied_ref(release))
+        refuse_unexported(
+            clone,
+            release.branch,
+            base,
+            applied_ref(release),
+            f"write them with `{export_command(clone, release.tag)}`, or",
+        )
     goal, kept = now if same else tip, ""
     if now not in ("", base, goal):
         kept = clone.keep(now, replaced_ref(release.tag))

@@ -25,6 +25,7 @@ from scripts.apply import (
     applied_ref,
     base_ref,
     contents,
+    export_command,
     import_base,
     open_clone,
     open_own,
@@ -290,8 +291,14 @@ def _begin(clone: Clone, release: Release) -> State:
     files, commits = derive(clone, release, old)
     now = clone.resolve("refs/heads/" + release.branch)
     if now and contents(clone, old, now) != contents(clone, old, commits[-1]):
-        refuse_unexported(clone, release.branch, old, applied_ref(release))
-    refuse_unexported(clone, to.branch, to.commit, to.applied)
+        hint = f"write them with `{export_command(clone, release.tag)}`, or"
+        refuse_unexported(clone, release.branch, old, applied_ref(release), hint)
+    if to.name in pins.tags():
+        hint = f"write them with `{export_command(clone, to.name)}`, or"
+    else:
+        # Nothing remembers that they were written.
+        hint = f"write them with `{_format(clone, to)}`, then"
+    refuse_unexported(clone, to.branch, to.commit, to.applied, hint)
     fetch.need_space(BUILD, 1 << 29)
     name = f"rebase-{to.name}"
     if console.option("VLLM"):
@@ -788,11 +795,16 @@ def _finish(clone: Clone, state: State) -> None:
     if state.name in pins.tags():
         say(f"next: {then}, which writes patches/{state.name}/")
     else:
-        out = shlex.quote(show(BUILD / "patches" / state.name))
-        say(
-            f"next: git -C {shlex.quote(show(clone.path))} format-patch -o "
-            f'"$PWD"/{out} {state.onto[:12]}..{state.branch}'
-        )
+        say(f"next: {_format(clone, Target(state.name, state.onto))}")
+
+
+def _format(clone: Clone, to: Target) -> str:
+    """Return the command that writes a series on a commit that is no release."""
+    out = shlex.quote(show(BUILD / "patches" / to.name))
+    return (
+        f"git -C {shlex.quote(show(clone.path))} format-patch -o "
+        f'"$PWD"/{out} {to.commit[:12]}..{to.branch}'
+    )
 
 
 def _end(clone: Clone, state: State) -> None:

@@ -281,9 +281,16 @@ def test_person_drops(filled: Toy, how: str) -> None:
     assert (f"is kept as {kept}\n" in done.stderr) == (how == "half mended")
     if how == "half mended":
         assert "a10 = 'both'" in filled.git("show", f"{kept}:vllm/a.py")
-    # That it was dropped is no way to mend it.
-    filled.git("switch", "-q", BRANCH)
-    assert "mended as the last time" not in filled.fails("rebase", TO=NEW)
+
+
+def test_dropped_is_no_way_to_mend_it(filled: Toy) -> None:
+    upstream(filled, **CONFLICT, b=("b50 = 50\n", "b50 = 'upstream'\n"))
+    filled.fails("rebase", TO=NEW)
+    # git looks for what was mended at the next conflict.
+    assert SECOND in filled.fails("rebase", CONTINUE="1", DROP="1")
+    filled.run("rebase", ABORT="1")
+    line = filled.fails("rebase", TO=NEW)
+    assert FIRST in line and "mended as the last time" not in line
 
 
 def test_drop_where_nothing_waits_for_it(filled: Toy, tmp_path: Path) -> None:
@@ -525,7 +532,8 @@ def test_commits_that_are_not_exported(filled: Toy) -> None:
     upstream(filled)
     filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "Mine")
     tip = filled.head()
-    assert "has commits that patches/ has not" in filled.fails("rebase", TO=NEW)
+    line = filled.fails("rebase", TO=NEW)
+    assert "has commits that patches/ has not: write them with `make export`" in line
     assert filled.head() == tip
 
 
@@ -536,7 +544,15 @@ def test_new_branch_with_commits(filled: Toy) -> None:
     tip = filled.head()
     line = filled.fails("rebase", TO=NEW)
     assert f"{NEW_BRANCH} in build/vllm has commits" in line
+    assert f"write them with `make export RELEASE={NEW}`, or" in line
     assert filled.git("rev-parse", NEW_BRANCH) == tip
+    filled.git("switch", "-q", BRANCH)
+    command = filled.fails("rebase", TO=NEW).split("`")[1]
+    switch = f"git -C build/vllm switch {NEW_BRANCH}"
+    assert command == f"{switch} && make export RELEASE={NEW}"
+    subprocess.run(switch, shell=True, cwd=filled.root, check=True)
+    filled.run("export", RELEASE=NEW)
+    filled.run("rebase", TO=NEW)
 
 
 def test_new_branch_that_moves_meanwhile(filled: Toy) -> None:
@@ -852,6 +868,10 @@ def test_to_a_commit_of_a_clone(filled: Toy, theirs: Path, how: str) -> None:
     written = sorted((filled.root / "build" / "patches" / commit[:12]).iterdir())
     assert [path.name[:5] for path in written] == ["0001-", "0002-", "0003-"]
     assert "+a10 = 'both'" in written[0].read_text()
+    if how != "own":
+        # To go there again, it is to be written and then moved away.
+        line = filled.fails("rebase", **env | {"TO_DIR": str(theirs)})
+        assert f"write them with `{last[6:]}`, then drop them with" in line
     at = theirs if how == "own" else filled.own
     text = filled.git("show", f"gemma4/{commit[:12]}:vllm/b.py", at=at)
     assert "'newer'" in text and "'é'" in text
