@@ -316,6 +316,7 @@ def _begin(clone: Clone, release: Release) -> State:
     )
     if Path(state.tree).exists():
         raise Failure(f"{show(BUILD / name)} is in the way", "move it away")
+    _forget(state)
     clone("update-ref", _series(clone), commits[-1])
     _save(clone, state)
     return state
@@ -382,17 +383,20 @@ class Tree(Clone):
             index, files = str(folder / "index"), folder / "files"
             files.mkdir()
             self("read-tree", "HEAD", GIT_INDEX_FILE=index)
-            with contextlib.suppress(GitError):
+            said = ""
+            try:
                 self(
                     *("-c", "rerere.enabled=false", "cherry-pick", "-n", commit),
                     GIT_INDEX_FILE=index,
                     GIT_WORK_TREE=str(files),
                 )
+            except GitError as error:
+                said = str(error)
             listed = self(
                 *("diff", "--cached", "--name-only", "--no-renames", "-z", "HEAD"),
                 GIT_INDEX_FILE=index,
             )
-            yield Trial(files, set(listed.split("\0")) - {""})
+            yield Trial(files, set(listed.split("\0")) - {""}, said)
 
     def picking(self) -> bool:
         """Return whether a cherry-pick stopped."""
@@ -416,10 +420,11 @@ class Tree(Clone):
 
 @dataclass
 class Trial:
-    """What a pick writes: in which folder, and the names that it changes."""
+    """What a pick writes: where, the names that it changes, and what git says."""
 
     folder: Path
     names: set[str]
+    said: str
 
     def wrote(self, tree: Path, name: str) -> bool:
         """Return whether a file is as the pick leaves it, perhaps cut off."""
@@ -517,7 +522,7 @@ def _pick(clone: Clone, tree: Tree, state: State) -> None:
     except GitError as error:
         files = tree.unmerged()
         if files:
-            _stop(clone, tree, state, files)
+            _stop(clone, tree, state, files, str(error))
         if error.files:
             raise Failure(
                 f"{state.next} could not be picked: files that git does not know are "
@@ -547,7 +552,9 @@ def _pick(clone: Clone, tree: Tree, state: State) -> None:
     _record(clone, state, _kind(tree, commit, head), head)
 
 
-def _stop(clone: Clone, tree: Tree, state: State, files: list[str]) -> NoReturn:
+def _stop(
+    clone: Clone, tree: Tree, state: State, files: list[str], said: str
+) -> NoReturn:
     """Tell a person what conflicts and what upstream did there."""
     state.stopped = files
     _save(clone, state)
@@ -556,15 +563,41 @@ def _stop(clone: Clone, tree: Tree, state: State, files: list[str]) -> NoReturn:
         _name(clone, state.release, state.old),
         _name(clone, state.name, state.onto),
     ]
+    commit = state.commits[len(state.done)]
+    own = tree("diff-tree", "-r", "-z", "--no-commit-id", "--name-only", commit)
     say(f"what {state.name} changed in the files that conflict:")
     both = []
     for name in files:
         what, other = _upstream(clone, state, name)
-        say(f"  {name}: {what}")
+        say(f"  {name}: {what or 'neither release has it'}")
         # With one name alone git shows no rename.
         both += [name, *([other] if other else [])]
+        if not what:
+            why = _conflicts(said, name)
+            for line in why:
+                say(f"    {line}")
+            # The patch may have it in another folder, which upstream renamed.
+            both += [
+                one
+                for one in filter(None, own.split("\0"))
+                if one not in both and any(f"{one} " in line for line in why)
+            ]
     quoted = " ".join(map(shlex.quote, both))
-    say("to read it, and what the patch changes:")
+    path = _diffs(state.name, state.next[:4])
+    path.parent.mkdir(exist_ok=True)
+    text = ""
+    for whose, *sides in (
+        (state.name, state.old, state.onto),
+        (state.next, f"{commit}^", commit),
+    ):
+        diff = tree(
+            *("diff", "-M", "--no-ext-diff", "--no-textconv", "--no-color"),
+            *("--full-index", "--src-prefix=a/", "--dst-prefix=b/"),
+            *(*sides, "--", *both),
+        )
+        text += f"# what {whose} changes\n{diff}\n"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    say(f"that, and what the patch changes, is in {show(path)}; to read it in git:")
     say(f"  git -C {shlex.quote(where)} diff -M {' '.join(names)} -- {quoted}")
     say(f"  git -C {shlex.quote(where)} show CHERRY_PICK_HEAD -- {quoted}")
     raise Failure(
@@ -572,6 +605,25 @@ def _stop(clone: Clone, tree: Tree, state: State, files: list[str]) -> NoReturn:
         f"mend and `git add` them in {where}, then `{GO_ON}` (or `{DROP}`, which drops "
         f"the patch, or `{GIVE_UP}`)",
     )
+
+
+def _diffs(name: str, number: str) -> Path:
+    """Return the file of what upstream and a patch changed where they conflict."""
+    return BUILD / "reports" / f"rebase-{name}-{number}.diff"
+
+
+def _forget(state: State) -> None:
+    """Remove the diffs of conflicts of an earlier rebase to the same place."""
+    pattern = _diffs(state.name, "[0-9]" * 4)
+    for path in pattern.parent.glob(pattern.name):
+        path.unlink()
+
+
+def _conflicts(said: str, name: str) -> list[str]:
+    """Return the lines in which git tells of a conflict in a file."""
+    word = re.compile(rf"(?<![^\s]){re.escape(name)}(?=[.,]?(\s|$))")
+    lines = (line for line in said.split("\n") if line.startswith("CONFLICT "))
+    return [line for line in lines if word.search(line)]
 
 
 def _name(clone: Clone, tag: str, commit: str) -> str:
@@ -582,11 +634,13 @@ def _upstream(clone: Clone, state: State, name: str) -> tuple[str, str]:
     """Say in a few words what upstream did to a file between the two bases.
 
     Returns:
-        The words, and the file's other name where it was renamed.
+        The words, empty if neither has it, and its other name where it was renamed.
     """
     old, new = (
         clone("ls-tree", commit, "--", name) for commit in (state.old, state.onto)
     )
+    if not old and not new:
+        return "", ""
     if old == new:
         return "nothing: the patches before this one conflict with it", ""
     if not old or not new:
@@ -675,7 +729,9 @@ def _finish_pick(clone: Clone, tree: Tree, state: State, commit: str) -> None:
         )
     if files := tree.unmerged():
         if not state.stopped:
-            _stop(clone, tree, state, files)
+            with tree.trial(commit) as trial:
+                said = trial.said
+            _stop(clone, tree, state, files, said)
         raise Failure(
             f"{', '.join(files)} in {where} still conflict",
             f"mend and `git add` them, then `{GO_ON}`",
@@ -719,8 +775,7 @@ def _drop(clone: Clone, tree: Tree, state: State) -> None:
     with tree.trial(commit) as trial:
         if not all(trial.wrote(tree.path, name) for name in tree.dirty()):
             _keep_changes(clone, tree, state)
-    # Or what upstream has would be remembered as how this was mended.
-    tree("rerere", "clear")
+    # It forgets the conflict, or upstream's side would be remembered as its mending.
     tree("reset", "-q", "--hard", state.tip)
     _record(clone, state, "dropped", state.tip, "by you")
 
@@ -836,6 +891,7 @@ def abort(clone: Clone, state: State) -> None:
         say(f"{show(Path(state.tree))} is no worktree any more and is left alone")
         state.tree = ""
     _end(clone, state)
+    _forget(state)
     more = f"; what was done is kept as {kept}" if kept else ""
     say(f"gave up the rebase to {state.name}: all is as it was{more}")
 

@@ -152,6 +152,10 @@ def test_conflict(filled: Toy) -> None:
     # What it says to run shows upstream's change, and the patch's.
     shown = printed(filled, done.stderr)
     assert "+a10 = 'upstream'" in shown and "+a10 = 'ten'" in shown
+    diffs = filled.root / f"build/reports/rebase-{NEW}-0001.diff"
+    assert f"is in build/reports/{diffs.name};" in done.stderr
+    text = diffs.read_text()
+    assert text.index("+a10 = 'upstream'") < text.index("+a10 = 'ten'")
     assert "||||||| " in (tree(filled) / "vllm/a.py").read_text()
     # The checkout is free for other work.
     assert filled.head() == old
@@ -437,6 +441,58 @@ def test_added_upstream(filled: Toy) -> None:
     assert "vllm/new.py: it is new there" in done.stderr
 
 
+@pytest.mark.parametrize("when", ["", "interrupted"])
+def test_folder_renamed_upstream(filled: Toy, tmp_path: Path, when: str) -> None:
+    release(filled, "v1.0.1", TREE | {"vllm/sub/old.py": "old = 1\n" * 9})
+    release(filled, NEW, TREE | {"vllm/other/old.py": "old = 1\n" * 9})
+    filled.run("rebase", TO="v1.0.1")
+    filled.change("vllm/sub/new.py", "", "new = 1\n", "In a folder")
+    filled.run("export", RELEASE="v1.0.1")
+    env: dict[str, Any] = {"TO": NEW, "RELEASE": "v1.0.1"}
+    if when:
+        # Killed as soon as git has stopped.
+        git = shutil.which("git")
+        path = instead(
+            tmp_path,
+            "cherry-pick",
+            f'"{git}" "$@" || {{ kill -9 $PPID; exit 1; }}; exit 0',
+        )
+        assert filled.run("rebase", ok=None, PATH=path, **env).returncode == -9
+    done = filled.run("rebase", ok=False, **env)
+    assert "  vllm/other/new.py: neither release has it\n" in done.stderr
+    assert "    CONFLICT (file location): vllm/sub/new.py added in" in done.stderr
+    assert "nothing: the patches before" not in done.stderr
+    text = (filled.root / f"build/reports/rebase-{NEW}-0004.diff").read_text()
+    assert "+++ b/vllm/sub/new.py\n" in text and "+new = 1\n" in text
+    filled.git("add", "-A", at=tree(filled))
+    filled.run("rebase", CONTINUE="1", RELEASE="v1.0.1")
+    assert (filled.own / "vllm/other/new.py").read_text() == "new = 1\n"
+
+
+@pytest.mark.parametrize("name", ["vllm/b.py", "vllm/new.py"])
+def test_conflict_with_an_earlier_patch(filled: Toy, tmp_path: Path, name: str) -> None:
+    """Upstream did nothing to the file, but an earlier patch is not there."""
+    old, new = ("'é'", "'ü'") if name == "vllm/b.py" else ("x = 1", "x = 2")
+    filled.change(name, old, new, "On top")
+    filled.run("export")
+    upstream(filled)
+    # Its change is lost, as where a person has mended a conflict away.
+    stopped_short(filled, tmp_path)
+    at = tree(filled)
+    state = filled.own / ".git/gemma4-rebase.json"
+    said = json.loads(state.read_text())
+    tip = filled.head(at)
+    said["done"] += [{"outcome": "dropped", "tip": tip, "note": ""}] * 2
+    state.write_text(json.dumps(said))
+    done = filled.run("rebase", ok=False, TO=NEW)
+    if name == "vllm/b.py":
+        said = "nothing: the patches before this one conflict with it"
+        assert f"  {name}: {said}\n" in done.stderr
+    else:
+        assert f"  {name}: neither release has it\n" in done.stderr
+        assert f"    CONFLICT (modify/delete): {name} deleted in HEAD" in done.stderr
+
+
 # Patches that are none.
 
 
@@ -629,6 +685,20 @@ def test_hostile_settings(filled: Toy, hostile: dict[str, Any]) -> None:
     assert filled.git("rev-parse", NEW_BRANCH) == wanted
 
 
+def test_diffs_under_hostile_settings(filled: Toy, hostile: dict[str, Any]) -> None:
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    diffs = filled.root / f"build/reports/rebase-{NEW}-0001.diff"
+    wanted = diffs.read_bytes()
+    filled.run("rebase", ABORT="1")
+    config = Path(hostile["GIT_CONFIG_GLOBAL"]).read_text()
+    with (filled.own / ".git/config").open("a") as stream:
+        # How many lines are around a change is a matter of taste.
+        stream.write(config + "[diff]\n context = 3\n interHunkContext = 0\n")
+    assert "conflicts with" in filled.fails("rebase", TO=NEW, **hostile)
+    assert diffs.read_bytes() == wanted
+
+
 # Giving up.
 
 
@@ -645,6 +715,7 @@ def test_abort(filled: Toy, how: str) -> None:
     done = filled.run("rebase", ABORT="1")
     kept = f"refs/gemma4/aborted/{NEW}"
     assert f"is kept as {kept}" in done.stderr
+    assert not list(filled.root.glob("build/reports/*.diff"))
     assert (filled.git("for-each-ref", "refs/heads"), filled.head()) == before
     assert not tree(filled).exists() and filled.git("status", "--porcelain") == ""
     assert "a10 = 'ten'" in filled.git("show", f"{kept}:vllm/a.py")
