@@ -775,7 +775,6 @@ def _drop(clone: Clone, tree: Tree, state: State) -> None:
     with tree.trial(commit) as trial:
         if not all(trial.wrote(tree.path, name) for name in tree.dirty()):
             _keep_changes(clone, tree, state)
-    # It forgets the conflict, or upstream's side would be remembered as its mending.
     tree("reset", "-q", "--hard", state.tip)
     _record(clone, state, "dropped", state.tip, "by you")
 

@@ -287,16 +287,6 @@ def test_person_drops(filled: Toy, how: str) -> None:
         assert "a10 = 'both'" in filled.git("show", f"{kept}:vllm/a.py")
 
 
-def test_dropped_is_no_way_to_mend_it(filled: Toy) -> None:
-    upstream(filled, **CONFLICT, b=("b50 = 50\n", "b50 = 'upstream'\n"))
-    filled.fails("rebase", TO=NEW)
-    # git looks for what was mended at the next conflict.
-    assert SECOND in filled.fails("rebase", CONTINUE="1", DROP="1")
-    filled.run("rebase", ABORT="1")
-    line = filled.fails("rebase", TO=NEW)
-    assert FIRST in line and "mended as the last time" not in line
-
-
 def test_drop_where_nothing_waits_for_it(filled: Toy, tmp_path: Path) -> None:
     upstream(filled, b=("b50 = 50\n", "b50 = 'upstream'\n"))
     assert "DROP= is given without CONTINUE=" in filled.fails(
