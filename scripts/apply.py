@@ -341,6 +341,12 @@ def export_command(clone: Clone, tag: str) -> str:
     return f"git -C {where} switch {branch} && {console.make(words)}"
 
 
+def unexported(clone: Clone, branch: str, base: str, recorded: str) -> bool:
+    """Return whether a branch has work that patches/ has not."""
+    now = clone.resolve("refs/heads/" + branch)
+    return now not in ("", clone.resolve(recorded), base)
+
+
 def refuse_unexported(
     clone: Clone, branch: str, base: str, recorded: str, hint: str
 ) -> None:
@@ -356,8 +362,7 @@ def refuse_unexported(
     Raises:
         Failure: it has commits that patches/ has not.
     """
-    now = clone.resolve("refs/heads/" + branch)
-    if now and now not in (clone.resolve(recorded), base):
+    if unexported(clone, branch, base, recorded):
         raise Failure(
             f"{branch} in {show(clone.path)} has commits that patches/ has not",
             f"{hint} drop them with `git -C "

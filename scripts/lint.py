@@ -15,7 +15,13 @@ from typing import Any
 import yaml
 
 from scripts import console, pins, plots, report, results, series
-from scripts.apply import OWN, applied_ref, open_clone
+from scripts.apply import (
+    OWN,
+    applied_ref,
+    export_command,
+    open_clone,
+    unexported,
+)
 from scripts.bench import read
 from scripts.console import BUILD, ROOT, Failure, say, show
 from scripts.git import Clone, GitError, borrower, find
@@ -528,12 +534,12 @@ def _unwritten(release: Release) -> None:
     if not (path / ".git").exists():
         return
     clone = find(path)
-    branch = clone.resolve("refs/heads/" + release.branch)
-    bases = release.base, clone.resolve(f"refs/tags/{release.tag}")
-    if branch and branch not in (clone.resolve(applied_ref(release)), *bases):
+    base = clone.resolve(f"refs/tags/{release.tag}")
+    if unexported(clone, release.branch, base, applied_ref(release)):
         say(
             f"warning: {release.branch} in {show(clone.path)} has commits that are not "
-            f"checked, as patches/ has not got them: `{console.make('export')}` first"
+            "checked, as patches/ has not got them: "
+            f"`{export_command(clone, release.tag)}` first"
         )
 
 
