@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +257,17 @@ def test_nothing_without_these(tmp_path: Path, name: str, method: str) -> None:
     [
         ({"digest": 8}, "digest of compiled 8, not 7"),
         ({"features": np.ones((4, 3))}, r"lengths of compiled \[4\], not \[2\]"),
+    ],
+)
+def test_other_inputs(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    group = bench_tower.Group(fakes(compiled=Fake(**change)))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=text):
+        measure(group, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
         ({"features": np.ones((2, 4))}, r"features are \[\(2, 4\)\], the reference"),
         ({"value": np.nan}, "not finite"),
     ],
@@ -263,7 +275,12 @@ def test_nothing_without_these(tmp_path: Path, name: str, method: str) -> None:
 def test_what_cannot_be_compared(
     tmp_path: Path, change: dict[str, Any], text: str
 ) -> None:
+    """The others' measurements are kept, unless there is none to compare with."""
     group = bench_tower.Group(fakes(compiled=Fake(**change)))  # type: ignore[arg-type]
+    records = {record["tree"]: record for record in measure(group, tmp_path)}
+    assert re.search(text, records["compiled"]["skipped"])
+    assert all("median" in records[name] for name in ("unpatched", "hf-sdpa"))
+    group = bench_tower.Group(fakes(eager=Fake(**change)))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=text):
         measure(group, tmp_path)
 
