@@ -40,6 +40,18 @@ TREE = {
     ),
 }
 GENERATED = {"PKG-INFO": "Name: vllm\n", "vllm/_version.py": "version = '1.0.0'\n"}
+# What is spoilt in a process calls `end` at the call that makes `left` zero.
+COUNTED = """
+def spoil(owner, name):
+    real = getattr(owner, name)
+    def call(*args, **more):
+        global left
+        left -= 1
+        if left == 0:
+            end(name)
+        return real(*args, **more)
+    setattr(owner, name, call)
+"""
 MESSAGE = """[Model] {title}
 
 Purpose: see what happens.

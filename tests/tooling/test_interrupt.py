@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TREE, Toy, copied, make_toy, release, saboteur, sdist
+from conftest import COUNTED, TREE, Toy, copied, make_toy, release, saboteur, sdist
 from test_build import MORE, make_theirs
 from test_lint import CONFIG, HOOK
 from test_report import head, layer
 from toy_wheel import pin, series, sha256
 
 # Ends a command of this project at its nth change of a file.
-SPOIL = """
+SPOIL = f"""{COUNTED}
 import os, pathlib, shutil, sys
 left = int(os.environ["SPOIL_NTH"])
-def spoil(owner, name):
-    real = getattr(owner, name)
-    def call(*args, **more):
-        global left
-        left -= 1
-        if left == 0:
-            open(os.environ["SPOIL_HIT"], "w").close()
-            os.kill(os.getpid(), int(os.environ["SPOIL_SIGNAL"]))
-        return real(*args, **more)
-    setattr(owner, name, call)
+def end(name):
+    open(os.environ["SPOIL_HIT"], "w").close()
+    os.kill(os.getpid(), int(os.environ["SPOIL_SIGNAL"]))
 if any(word.startswith("scripts.") for word in sys.orig_argv):
     for name in ("replace", "rename", "mkdir", "write_text"):
         spoil(pathlib.Path, name)

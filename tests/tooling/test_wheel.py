@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TAG, Toy, copied, make_toy
+from conftest import COUNTED, TAG, Toy, copied, make_toy
 from toy_wheel import ask, environment, official, pin, pip, series, site, wrong_rows
 
 NAMES = {
@@ -19,19 +19,12 @@ NAMES = {
     "cuda": "vllm-1.0.0+gemma4.4-py3-none-any.whl",
 }
 # Ends `make wheel` at the nth step of its writing.
-SPOIL = """
+SPOIL = f"""{COUNTED}
 import os, pathlib, runpy, shutil, sys, zipfile
 left, sent, hit = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
-def spoil(owner, name):
-    real = getattr(owner, name)
-    def call(*args, **more):
-        global left
-        left -= 1
-        if left == 0:
-            hit.write_text(name)
-            os.kill(os.getpid(), sent)
-        return real(*args, **more)
-    setattr(owner, name, call)
+def end(name):
+    hit.write_text(name)
+    os.kill(os.getpid(), sent)
 spoil(zipfile.ZipInfo, "FileHeader")
 spoil(shutil, "move")
 sys.argv[1:] = []
