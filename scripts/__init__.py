@@ -12,7 +12,8 @@ def _hook(
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    print(INTERRUPTED, file=sys.stderr)
+    # With a process group torch's hook, which calls this one, has its own stderr.
+    print(INTERRUPTED, file=sys.__stderr__)
     raise SystemExit(130)
 
 

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,8 @@ def _fresh(folder: Path, key: str) -> bool:
 
 
 if __name__ == "__main__":
+    # What was started must end, too: it writes to the folder.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main(*sys.argv[1:]))
     except KeyboardInterrupt:

@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **env},
         capture_output=True,
         text=True,
         timeout=300,
@@ -60,3 +60,21 @@ def test_wrong_features() -> None:
     # To two digits: but for what was added they are right.
     assert "features differ by 2.0e-03" in process.stderr.splitlines()[-1]
     assert_all_is_shown("e2b", process.stdout.splitlines())
+
+
+@pytest.mark.slow
+def test_interrupted(tmp_path: Path) -> None:
+    """With an engine, whose process group has a hook: a line, and nothing is left."""
+    process = run(
+        "import os, signal\n"
+        "import scripts.demo as demo\n"
+        "demo.reference_features = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "demo.main(['--kind', '26b'])\n",
+        TMPDIR=str(tmp_path),
+    )
+    assert process.returncode == 130
+    said = process.stderr.splitlines()[-1]
+    assert said == "interrupted: nothing is lost, run the same command again"
+    assert "Traceback" not in process.stderr
+    assert not list(tmp_path.glob("**/*.safetensors"))

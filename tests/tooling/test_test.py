@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,45 @@ def test_no_space_for_the_tools(fresh: Path) -> None:
     )
     said = f"error: no space left for {fresh / 'build'}: free some and run this again\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_tools(fresh: Path, kill: signal.Signals) -> None:
+    """While pip runs; what it was making is made by the next run."""
+    package = fresh / "nothing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(package, "w") as wheel:
+        info = "nothing-1.0.dist-info"
+        about = "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0\n"
+        wheel.writestr(f"{info}/METADATA", about)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    (fresh / "pyproject.toml").write_text(
+        f"[dependency-groups]\ntools = [{json.dumps(str(package))}]\n"
+    )
+    command = [sys.executable, "scripts/bootstrap.py"]
+    child = subprocess.Popen(
+        command,
+        cwd=fresh,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    python = fresh / "build" / "tools" / "bin" / "python"
+    while not python.exists():
+        time.sleep(0.1)
+    child.send_signal(kill)
+    said = child.communicate(timeout=60)
+    made = "making build/tools (once, about half a minute)\n"
+    assert said == ("", made + "interrupted: run the same command again\n")
+    assert child.returncode == 130
+    stamp = fresh / "build" / "tools" / "stamp"
+    assert not stamp.exists()
+    # Nothing that was started goes on in the folder.
+    shutil.rmtree(fresh / "build" / "tools")
+    time.sleep(1)
+    assert not python.exists()
+    subprocess.run(command, cwd=fresh, check=True)
+    assert stamp.exists()
 
 
 def test_checkpoint_of_diffusion_gemma(tmp_path: Path) -> None:
