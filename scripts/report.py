@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scripts import console, pins, plots
 from scripts.bench import JOBS, benchmarks, read
-from scripts.console import ROOT, Failure, say, show
+from scripts.console import ROOT, Failure, show
 from scripts.not_better import not_better
 from scripts.pull_request import pull_request
 from scripts.results import (
@@ -99,8 +99,7 @@ def attention(records: Iterable[Record]) -> list[str]:
 def missing(device: Device) -> list[str]:
     """Return the jobs that have no results on a device."""
     jobs = JOBS["cuda" if "gpu" in device.newest.head["machine"] else "cpu"]
-    there = {*device.jobs, *device.dropped}
-    return [job.name for job in jobs if job.name not in there]
+    return [job.name for job in jobs if job.name not in device.jobs]
 
 
 def earlier(device: Device) -> list[str]:
@@ -751,8 +750,10 @@ def write(devices: Sequence[Device]) -> str:
             The release as it is and with the series, on the same inputs and weights; in
             engines on the same weights of the language model only, for the towers'
             parameters have other names. `make bench` measures, `make report` wrote this
-            from what it kept; see [Measuring](maintaining.md#measuring). In the place
-            of quartiles, fewer than five samples have the lowest and the highest.
+            from what it kept; see [Measuring](maintaining.md#measuring). Commits are
+            of this project: `git diff COMMIT -- patches/` shows what has changed in the
+            series since. In the place of quartiles, fewer than five samples have the
+            lowest and the highest.
         """),
         *prose("""
             Greedy tokens are held against those of the release on Triton: how many
@@ -770,9 +771,8 @@ def write(devices: Sequence[Device]) -> str:
         newest = device.newest
         about = f"vLLM {newest.head['release']}, {newest.stamp}; {newest.machine}."
         lines += [f"# {device.name}", "", about, ""]
-        if device.dropped:
-            jobs = ", ".join(device.dropped)
-            lines += [f"Only an older tree has results of: {jobs}.", ""]
+        if jobs := ", ".join(device.older):
+            lines += [f"Made with an older form of the series: {jobs}.", ""]
         if jobs := ", ".join(earlier(device)):
             lines += [f"Made by earlier code of the benchmarks: {jobs}.", ""]
         if jobs := ", ".join(device.partial):
@@ -801,9 +801,6 @@ def main() -> None:
         )
     devices = latest(lines, folder.name)
     for device in devices:
-        if device.dropped:
-            jobs = ", ".join(device.dropped)
-            say(f"{device.name}: not shown, for an older tree has them: {jobs}")
         for figure in plots.figures(device):
             plots.save(figure, folder)
     text = folder.with_suffix(".md")

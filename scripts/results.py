@@ -128,20 +128,24 @@ class Device:
     Args:
         name: the GPU's, or the processor's with its cores; with the release where
             there are several.
-        jobs: the runs by job, all of one tree.
-        dropped: jobs that have only runs of others.
+        jobs: the runs by job.
         folder: where its plots are, from the text.
     """
 
     name: str
     jobs: dict[str, Run]
-    dropped: list[str]
     folder: str
 
     @property
     def newest(self) -> Run:
         """The run that was made last."""
         return max(self.jobs.values(), key=lambda run: str(run.head["time"]))
+
+    @property
+    def older(self) -> list[str]:
+        """The jobs that ran with another tree than the newest run."""
+        tree = self.newest.head["tree"]
+        return [job for job, run in self.jobs.items() if run.head["tree"] != tree]
 
     @property
     def partial(self) -> list[str]:
@@ -177,8 +181,7 @@ class Device:
 def latest(lines: Iterable[Record], folder: str) -> list[Device]:
     """Return the last run of each job, by device and release.
 
-    Of each, only runs of the tree that was measured last: numbers of different ones do
-    not belong in one text. A run that did not end well counts where there is no other.
+    A run that did not end well counts where there is no other.
 
     Args:
         lines: those of all files of results.
@@ -212,14 +215,10 @@ def latest(lines: Iterable[Record], folder: str) -> list[Device]:
         # In the order in which they were measured first.
         of_job: dict[str, Run] = {}
         for run in runs:
-            if run.head["tree"] != runs[-1].head["tree"]:
-                continue
             other = of_job.get(run.head["job"])
             if other is None or "partial" in other.head or "partial" not in run.head:
                 of_job[run.head["job"]] = run
-        jobs = dict.fromkeys(run.head["job"] for run in runs)
-        dropped = [job for job in jobs if job not in of_job]
-        devices.append(Device(name, of_job, dropped, folder))
+        devices.append(Device(name, of_job, folder))
     return devices
 
 

@@ -396,17 +396,14 @@ def test_devices_stay_apart() -> None:
     assert text.index("# a GPU") < text.index("256 decodes") < text.index("# a CPU, 2")
 
 
-def test_one_tree_a_device() -> None:
+def test_older_forms_of_the_series_are_named() -> None:
     lines, record = lines_of(jobs()), {"job": "host", "case": "c", "median": 5.0}
+    assert "older form" not in text_of(lines)
     newer = head("host", tree="u", time="2026-01-03T00:00:00Z")
-    older = head("host", tree="u", time="2026-01-01T00:00:00Z")
-    [device] = results.latest([*lines, newer, record | {"variant": "v"}], "benchmarks")
-    assert list(device.jobs) == ["host"]
-    assert device.dropped == [job for job in jobs() if job != "host"]
-    text = report.write([device])
-    assert f"Only an older tree has results of: {', '.join(device.dropped)}." in text
-    [device] = results.latest([*lines, older, record], "benchmarks")
-    assert (set(device.jobs), device.dropped) == (set(jobs()), [])
+    text = text_of([*lines, newer, record | {"variant": "v"}])
+    assert "| c | v | 5.00 (5.00 to 5.00) |" in text
+    older = ", ".join(job for job in jobs() if job != "host")
+    assert f"\nMade with an older form of the series: {older}.\n" in text
 
 
 def test_one_release_a_device() -> None:
@@ -477,11 +474,6 @@ def test_what_was_not_measured() -> None:
     wanted = [job.name for job in bench.JOBS["cuda"] if job.name not in jobs()]
     assert left(MACHINE) == ", ".join(wanted)
     assert left(CPU) == "tower e2b"
-    # What only an older tree has is said already.
-    older = head("tower e2b", machine=CPU, tree="u", time="2026-01-01T00:00:00Z")
-    text = text_of([*lines_of(jobs(), machine=CPU), older])
-    assert "Only an older tree has results of: tower e2b." in text
-    assert "Not measured" not in text
 
 
 def test_a_wrong_mask_is_beside_the_errors() -> None:
@@ -815,8 +807,7 @@ def test_writes_beside_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.jsonl"
-    older = head("other", tree="u", time="2026-01-01T00:00:00Z")
-    lines = [*lines_of(jobs()), older]
+    lines = lines_of(jobs())
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setenv("RESULTS", str(file))
     # What draws is in an environment of its own.
@@ -829,4 +820,3 @@ def test_writes_beside_the_results(
     assert ("a-gpu-step.png", tmp_path / "mine") in saved
     said = capsys.readouterr()
     assert said.out.strip() == str(tmp_path / "mine.md")
-    assert "a GPU: not shown, for an older tree has them: other" in said.err
