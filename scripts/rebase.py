@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from scripts import console, fetch, git, pins, series
 from scripts.apply import (
@@ -49,6 +49,7 @@ MERGE = {
 }
 # In the project's own checkout a conflict that was mended once is not asked again.
 REMEMBER = {"rerere.enabled": "true", "rerere.autoUpdate": "true"}
+STAGED = "What was staged alone"
 GO_ON = console.make("rebase CONTINUE=1")
 DROP = console.make("rebase CONTINUE=1 DROP=1")
 GIVE_UP = console.make("rebase ABORT=1")
@@ -356,25 +357,47 @@ class Tree(Clone):
         listed = self("ls-files", "--others", "--exclude-standard", "-z")
         return listed.partition("\0")[0]
 
-    def snapshot(self, message: str) -> str:
-        """Return a commit of all that is here, HEAD itself if that is all.
+    def differs(self, *args: str, **env: Any) -> set[tuple[str, str]]:
+        """Return the files that `git diff HEAD` lists, each with modes and hashes."""
+        listed = self(
+            *("diff", "--raw", "--no-abbrev", "--no-renames", "-z", "HEAD", *args),
+            **env,
+        ).split("\0")
+        return set(zip(listed[1::2], listed[::2], strict=False))
 
-        Neither HEAD nor the index moves, so a run that is killed here can be run again.
+    def trees(self) -> tuple[str, str]:
+        """Return what is staged and all that is here, each as a tree.
+
+        The index does not move, so a run that is killed here can be run again.
         """
         with console.scratch() as folder:
             index = folder / "index"
+            env: dict[str, Any] = {"GIT_INDEX_FILE": str(index)}
             # With what it knows of the files, git need not read them all.
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy2(self.dir / "index", index)
-            self("add", "-A", GIT_INDEX_FILE=str(index))
-            made = self("write-tree", GIT_INDEX_FILE=str(index))
-        if made == self("rev-parse", "HEAD^{tree}"):
+            # What conflicts is in no tree.
+            if files := self.unmerged():
+                self("add", "-A", "--", *files, GIT_LITERAL_PATHSPECS="1", **env)
+            staged = self("write-tree", **env)
+            self("add", "-A", **env)
+            return staged, self("write-tree", **env)
+
+    def snapshot(self, message: str) -> str:
+        """Return a commit of all that is here, HEAD itself if that is all.
+
+        What is staged and nowhere else is its second parent, as in git's stash.
+        """
+        who: dict[str, Any] = {"GIT_AUTHOR_NAME": git.NAME}
+        who |= {"GIT_AUTHOR_EMAIL": git.EMAIL}
+        staged, here = self.trees()
+        more = list[str]()
+        if not self.differs(staged) <= self.differs(here):
+            made = self("commit-tree", staged, "-p", "HEAD", "-m", STAGED, **who)
+            more = ["-p", made]
+        elif not self.differs(here):
             return self.resolve("HEAD")
-        return self(
-            *("commit-tree", made, "-p", "HEAD", "-m", message),
-            GIT_AUTHOR_NAME=git.NAME,
-            GIT_AUTHOR_EMAIL=git.EMAIL,
-        )
+        return self("commit-tree", here, "-p", "HEAD", *more, "-m", message, **who)
 
     @contextlib.contextmanager
     def trial(self, commit: str) -> Iterator["Trial"]:
@@ -392,11 +415,8 @@ class Tree(Clone):
                 )
             except GitError as error:
                 said = str(error)
-            listed = self(
-                *("diff", "--cached", "--name-only", "--no-renames", "-z", "HEAD"),
-                GIT_INDEX_FILE=index,
-            )
-            yield Trial(files, set(listed.split("\0")) - {""}, said)
+            staged = self.differs("--cached", GIT_INDEX_FILE=index)
+            yield Trial(files, staged, said)
 
     def picking(self) -> bool:
         """Return whether a cherry-pick stopped."""
@@ -420,11 +440,23 @@ class Tree(Clone):
 
 @dataclass
 class Trial:
-    """What a pick writes: where, the names that it changes, and what git says."""
+    """What a pick writes: where, what of it is staged, and what git says."""
 
     folder: Path
-    names: set[str]
+    staged: set[tuple[str, str]]
     said: str
+
+    @property
+    def names(self) -> set[str]:
+        """The names that it changes."""
+        return {name for name, _ in self.staged}
+
+    def made(self, tree: Tree) -> bool:
+        """Return whether all that git knows there is of it."""
+        staged, here = (tree.differs(made) for made in tree.trees())
+        return staged <= self.staged | here and all(
+            self.wrote(tree.path, name) for name in tree.dirty()
+        )
 
     def wrote(self, tree: Path, name: str) -> bool:
         """Return whether a file is as the pick leaves it, perhaps cut off."""
@@ -438,12 +470,16 @@ class Trial:
 
 
 def _keep(clone: Clone, state: State, commit: str) -> str:
-    """Keep a commit of a rebase's worktree; return the ref's name."""
+    """Keep a commit of a rebase's worktree; return what to say of where."""
     name = f"refs/gemma4/aborted/{state.name}"
     if clone.dir != clone.common:
         # One of several worktrees.
         name += f"-{clone.key}"
-    return clone.keep(commit, name)
+    name = clone.keep(commit, name)
+    staged = f"{name}^2"
+    if clone.resolve(staged) and clone("log", "-1", "--format=%s", staged) == STAGED:
+        name += f" (what was staged alone: {staged})"
+    return name
 
 
 def _keep_changes(clone: Clone, tree: Tree, state: State) -> None:
@@ -773,7 +809,7 @@ def _drop(clone: Clone, tree: Tree, state: State) -> None:
         )
     commit = state.commits[len(state.done)]
     with tree.trial(commit) as trial:
-        if not all(trial.wrote(tree.path, name) for name in tree.dirty()):
+        if not trial.made(tree):
             _keep_changes(clone, tree, state)
     tree("reset", "-q", "--hard", state.tip)
     _record(clone, state, "dropped", state.tip, "by you")
@@ -789,7 +825,7 @@ def _undo(clone: Clone, tree: Tree, state: State, commit: str) -> None:
             path = tree.path / name
             if path.exists() and trial.wrote(tree.path, name):
                 path.unlink()
-        if not all(trial.wrote(tree.path, name) for name in tree.dirty()):
+        if not trial.made(tree):
             _keep_changes(clone, tree, state)
     tree("reset", "-q", "--hard", state.tip)
 
@@ -832,7 +868,8 @@ def _finish(clone: Clone, state: State) -> None:
     if tree := _open(clone, state):
         # A file that is only missing was removed with the worktree, by a killed run.
         changed = [name for name in tree.dirty() if (tree.path / name).exists()]
-        if changed or tree.others() or tree.resolve("HEAD") != state.tip:
+        only = tree("diff", "--cached", "--name-only", "--diff-filter=d", "HEAD")
+        if changed or only or tree.others() or tree.resolve("HEAD") != state.tip:
             _keep_changes(clone, tree, state)
     _end(clone, state)
     width = max(map(len, state.patches))
@@ -861,9 +898,29 @@ def _format(clone: Clone, to: Target) -> str:
     )
 
 
+def _spare(tree: Tree) -> None:
+    """Move what git ignores, and so cannot keep, out of a worktree."""
+    listed = tree("ls-files", "--others", "--ignored", "--exclude-standard", "-z")
+    names = [
+        name
+        for name in filter(None, listed.split("\0"))
+        if "__pycache__" not in name and not (tree.path / name).is_symlink()
+    ]
+    if not names:
+        return
+    to = console.free(BUILD, f"{tree.path.name}-ignored-{{}}")
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree.path / name).rename(to / name)
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    say(f"{names[0]}{more}, which git ignores, is in {show(to)} now")
+
+
 def _end(clone: Clone, state: State) -> None:
     """Remove the worktree and the notes."""
     if state.tree:
+        if tree := _open(clone, state):
+            _spare(tree)
         with contextlib.suppress(GitError):
             clone("worktree", "remove", "-f", "-f", state.tree)
         console.remove(Path(state.tree))

@@ -728,6 +728,63 @@ def test_abort_leaves_what_an_earlier_one_kept(filled: Toy) -> None:
         assert filled.git("show", f"{name}:notes.txt") == name
 
 
+@pytest.mark.parametrize("name", ["vllm/b.py", "notes.txt"])
+@pytest.mark.parametrize("how", ["drop", "abort", "killed", "end"])
+def test_what_is_only_staged_is_kept(
+    filled: Toy, tmp_path: Path, how: str, name: str
+) -> None:
+    """A file that was restored after it was added, and one that was removed."""
+    at = tree(filled)
+    if how == "end":
+        upstream(filled)
+        script = f'cd "{at}" && echo mine > {name} && "$git" add {name}'
+        script += f' && ("$git" show HEAD:{name} > {name} || rm {name}) 2> /dev/null'
+        script = f'git="{shutil.which("git")}"; ({script})'
+        path = instead(tmp_path, "range-diff", script)
+        done = filled.run("rebase", TO=NEW, PATH=path)
+    else:
+        if how == "killed":
+            upstream(filled)
+            stopped_short(filled, tmp_path)
+        else:
+            upstream(filled, b=("b50 = 50\n", "b50 = 'upstream'\n"))
+            filled.fails("rebase", TO=NEW)
+        (at / name).write_text("mine\n")
+        filled.git("add", name, at=at)
+        if name in TREE:
+            (at / name).write_text(filled.git("show", f"HEAD:{name}", at=at) + "\n")
+        else:
+            (at / name).unlink()
+        env: dict[str, Any] = {
+            "drop": {"CONTINUE": "1", "DROP": "1"},
+            "abort": {"ABORT": "1"},
+            "killed": {"TO": NEW},
+        }[how]
+        done = filled.run("rebase", **env)
+    kept = f"refs/gemma4/aborted/{NEW}"
+    said = f"is kept as {kept} (what was staged alone: {kept}^2)\n"
+    assert done.stderr.count(said) == 1
+    assert filled.git("show", f"{kept}^2:{name}") == "mine"
+    assert not at.exists()
+
+
+def test_what_git_ignores_is_kept(filled: Toy) -> None:
+    upstream(filled, **CONFLICT)
+    ends = ({"ABORT": "1"}, {"CONTINUE": "1", "DROP": "1"})
+    for number, env in enumerate(ends, 1):
+        filled.fails("rebase", TO=NEW)
+        (tree(filled) / "vllm/mine.so").write_text("mine\n")
+        (tree(filled) / "vllm/linked.so").symlink_to("/nowhere")
+        (tree(filled) / "vllm/__pycache__").mkdir()
+        (tree(filled) / "vllm/__pycache__/a.pyc").write_text("")
+        said = filled.run("rebase", **env).stderr
+        to = f"build/rebase-{NEW}-ignored-{number}"
+        assert f"vllm/mine.so, which git ignores, is in {to} now\n" in said
+        kept = [path for path in (filled.root / to).rglob("*") if path.is_file()]
+        assert kept == [filled.root / to / "vllm/mine.so"]
+    whole(filled)
+
+
 # Clones of all kinds.
 
 
