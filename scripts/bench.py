@@ -353,9 +353,6 @@ def bench(kind: str) -> None:
         )
     if kind == "cuda" and device() != "cuda":
         raise Failure("there is no NVIDIA GPU", "`make bench-cpu` runs what needs none")
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        # A lost connection is an interrupt.
-        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     release = pins.load(console.option("RELEASE"))
     with console.lock():
         clone = apply(release)

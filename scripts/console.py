@@ -139,6 +139,9 @@ def logged(command: list[str], log: Path, doing: str) -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    if signum == signal.SIGHUP:
+        # A shell sends it again, while what was started is ended.
+        signal.signal(signum, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -151,6 +154,9 @@ def run(main: Callable[..., None]) -> None:
     from scripts.git import GitError  # which needs this module itself
 
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        # A lost connection is an interrupt.
+        signal.signal(signal.SIGHUP, _interrupt)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:

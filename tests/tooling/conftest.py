@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 
 # What a shell starts in the background ignores interrupts, and so would all that the
-# tests start and interrupt.
+# tests start and interrupt; nohup has it ignore that the terminal is closed.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "v1.0.0"

@@ -53,6 +53,35 @@ def test_while_modules_are_imported(toy: Toy) -> None:
     assert done.stderr.endswith("\nValueError: so\n")
 
 
+@pytest.mark.parametrize("nohup", [True, False])
+def test_closed_terminal(toy: Toy, nohup: bool) -> None:
+    """The shell tells of it, too, while what was started is being ended."""
+    code = (
+        "import os, signal\n"
+        "from scripts import console\n"
+        "def main() -> None:\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        print('goes on')\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        print('ended')\n"
+        "console.run(main)\n"
+    )
+    done = subprocess.run(
+        [*(["nohup"] if nohup else []), sys.executable, "-c", code],
+        cwd=toy.root,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if nohup:
+        assert (done.returncode, done.stdout) == (0, "goes on\nended\n")
+    else:
+        assert (done.returncode, done.stdout) == (130, "ended\n")
+        assert done.stderr.startswith("interrupted: nothing is lost")
+
+
 def _plain(base: Path) -> Toy:
     toy = make_toy(base)
     toy.series()

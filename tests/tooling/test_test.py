@@ -69,7 +69,7 @@ def test_a_crash_is_a_failure(toy: Toy) -> None:
     assert done.stdout.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt(toy: Toy, tmp_path: Path, sent: signal.Signals) -> None:
     """What a test started ends with it."""
     pid = tmp_path / "pid"

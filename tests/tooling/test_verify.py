@@ -448,7 +448,9 @@ def test_own_tests_come_first(project: Project) -> None:
     assert ran == ["a", "a", "b", "b", "new", "a", "a", "b", "a", "b", "new"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+)
 def test_interrupt(project: Project, sent: signal.Signals, tmp_path: Path) -> None:
     pid, wait = tmp_path / "pid", tmp_path / "wait"
     slow = (
