@@ -89,13 +89,18 @@ if __name__ == "__main__":
         print("interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        what = error.filename or BUILD
+        what = Path(error.filename or BUILD)
         if error.errno == errno.ENOSPC:
             line = f"no space left for {what}: free some and run this again"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             line = (
                 f"{what} cannot be read or written: check its owner, or work in a "
                 "copy of the project"
+            )
+        elif what.is_symlink() and not what.exists():
+            line = (
+                f"{what} is a link to {what.readlink()}, which is not there: make that "
+                "folder, or remove the link"
             )
         else:
             line = f"{what}: {error.strerror}: mend that and run this again"

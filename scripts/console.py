@@ -145,6 +145,14 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _dangling(name: str) -> Path | None:
+    path = Path(name).absolute()
+    parts = (path, *path.parents)
+    return next(
+        (part for part in parts if part.is_symlink() and not part.exists()), None
+    )
+
+
 def run(main: Callable[..., None]) -> None:
     """Run a command line and turn what a person can mend into one line.
 
@@ -175,6 +183,12 @@ def run(main: Callable[..., None]) -> None:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             name = error.filename2 or error.filename
             _end(f"error: {name} cannot be read or written: check its owner", 1)
+        if isinstance(error.filename, str) and (link := _dangling(error.filename)):
+            _end(
+                f"error: {show(link)} is a link to {link.readlink()}, which is not "
+                "there: make that folder, or remove the link",
+                1,
+            )
         raise
     except Exception as error:
         if hasattr(error, "format_message"):

@@ -82,6 +82,18 @@ def test_closed_terminal(toy: Toy, nohup: bool) -> None:
         assert done.stderr.startswith("interrupted: nothing is lost")
 
 
+@pytest.mark.parametrize("name", ["build", "build/cache", "patches"])
+def test_link_to_nowhere(filled: Toy, name: str) -> None:
+    path = filled.root / name
+    path.rename(path.with_name("was"))
+    path.symlink_to("gone")
+    line = "is a link to gone, which is not there: make that folder, or remove the link"
+    if name == "build/cache":
+        filled.reset()
+    said = filled.fails("export" if name == "patches" else "apply")
+    assert said == f"error: {name} {line}"
+
+
 def _plain(base: Path) -> Toy:
     toy = make_toy(base)
     toy.series()

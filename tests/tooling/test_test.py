@@ -231,6 +231,18 @@ def test_read_only_project(fresh: Path, built: bool) -> None:
     assert done.stderr.splitlines()[0] == line + "copy of the project"
 
 
+def test_build_that_is_a_link_to_nowhere(fresh: Path) -> None:
+    (fresh / "build").symlink_to("gone")
+    done = subprocess.run(
+        [sys.executable, "scripts/bootstrap.py"],
+        cwd=fresh,
+        capture_output=True,
+        text=True,
+    )
+    line = "is a link to gone, which is not there: make that folder, or remove the link"
+    assert (done.returncode, done.stderr) == (1, f"error: {fresh / 'build'} {line}\n")
+
+
 def test_no_space_for_the_tools(fresh: Path) -> None:
     code = (
         "import errno, pathlib, runpy\n"
