@@ -95,7 +95,7 @@ def patches(folder: Path) -> list[Path]:
         if other is not path:
             raise Failure(
                 f"{show(path)} and {other.name} have one number",
-                "keep one, or write them again with `make export`",
+                "keep one, or give the other a number that none has",
             )
     return found
 
@@ -164,7 +164,7 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
         if missing := {"Author", "Email", "Subject", "Date"} - fields.keys():
             raise Failure(
                 f"{show(path)} has no {sorted(missing)[0].lower()}",
-                "write patches with `make export`",
+                "give it one, as `git format-patch` would",
             )
         if not diff.read_bytes().strip():
             raise Failure(f"{show(path)} changes nothing", "remove it")
@@ -175,7 +175,7 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
             if corrupt:
                 raise Failure(
                     f"{show(path)} is corrupt (line {corrupt[1]} of its diff)",
-                    "get it again with `git checkout`, or write it with `make export`",
+                    "mend it, or get it again with `git checkout`",
                 ) from None
             if error.denied:
                 raise

@@ -156,6 +156,22 @@ def test_an_edited_patch_is_not_written_over(filled: Toy) -> None:
     assert first.exists() and len(filled.files()) == 3
 
 
+def test_two_with_one_number(filled: Toy) -> None:
+    """What one command says to do is not what the other refuses."""
+    filled.run("apply")
+    path = sorted(filled.patches.glob("*.patch"))[-1]
+    other = path.with_name("0003-Another.patch")
+    other.write_text(path.read_text().replace("new.py", "newer.py"))
+    assert "was edited" in filled.fails("export")
+    line = filled.fails("apply")
+    assert line.endswith(": keep one, or give the other a number that none has")
+    other.rename(other.with_name("0007-Another.patch"))
+    filled.run("apply")
+    filled.run("export")
+    names = sorted(filled.files())
+    assert names[2:] == [path.name, path.name.replace("0003", "0004")]
+
+
 @pytest.mark.parametrize("how", ["edited", "pulled", "broken"])
 def test_edited_patches_are_kept(filled: Toy, how: str) -> None:
     """Where there is a commit to write as well."""
