@@ -357,10 +357,14 @@ class Tree(Clone):
         listed = self("ls-files", "--others", "--exclude-standard", "-z")
         return listed.partition("\0")[0]
 
-    def differs(self, *args: str, **env: Any) -> set[tuple[str, str]]:
-        """Return the files that `git diff HEAD` lists, each with modes and hashes."""
+    def new(self, *args: str, **env: Any) -> set[tuple[str, str]]:
+        """Return what `git diff HEAD` lists, names with modes and hashes.
+
+        Not what is missing: a run that was killed leaves that, too.
+        """
         listed = self(
-            *("diff", "--raw", "--no-abbrev", "--no-renames", "-z", "HEAD", *args),
+            *("diff", "--raw", "--no-abbrev", "--no-renames", "--diff-filter=d", "-z"),
+            *("HEAD", *args),
             **env,
         ).split("\0")
         return set(zip(listed[1::2], listed[::2], strict=False))
@@ -392,10 +396,10 @@ class Tree(Clone):
         who |= {"GIT_AUTHOR_EMAIL": git.EMAIL}
         staged, here = self.trees()
         more = list[str]()
-        if not self.differs(staged) <= self.differs(here):
+        if not self.new(staged) <= self.new(here):
             made = self("commit-tree", staged, "-p", "HEAD", "-m", STAGED, **who)
             more = ["-p", made]
-        elif not self.differs(here):
+        elif not self.new(here):
             return self.resolve("HEAD")
         return self("commit-tree", here, "-p", "HEAD", *more, "-m", message, **who)
 
@@ -415,7 +419,7 @@ class Tree(Clone):
                 )
             except GitError as error:
                 said = str(error)
-            staged = self.differs("--cached", GIT_INDEX_FILE=index)
+            staged = self.new("--cached", GIT_INDEX_FILE=index)
             yield Trial(files, staged, said)
 
     def picking(self) -> bool:
@@ -453,20 +457,26 @@ class Trial:
 
     def made(self, tree: Tree) -> bool:
         """Return whether all that git knows there is of it."""
-        staged, here = (tree.differs(made) for made in tree.trees())
+        staged, here = (tree.new(made) for made in tree.trees())
+        # A file that git does not know stays.
+        known = {name for name, _ in here}.intersection(tree.dirty())
         return staged <= self.staged | here and all(
-            self.wrote(tree.path, name) for name in tree.dirty()
+            self.wrote(tree, name) for name in known
         )
 
-    def wrote(self, tree: Path, name: str) -> bool:
-        """Return whether a file is as the pick leaves it, perhaps cut off."""
-        path, whole = tree / name, self.folder / name
-        if name not in self.names or path.is_symlink() or path.is_dir():
+    def wrote(self, tree: Tree, name: str) -> bool:
+        """Return whether a file is as the pick, or HEAD, has it, perhaps cut off."""
+        path, whole = tree.path / name, self.folder / name
+        if path.is_symlink() or path.is_dir():
             return False
-        if not path.exists():
-            # git removes a file before it writes it anew.
-            return True
-        return whole.is_file() and whole.read_bytes().startswith(path.read_bytes())
+        found = path.read_bytes()
+        if name in self.names:
+            return whole.is_file() and whole.read_bytes().startswith(found)
+        try:
+            text = tree("cat-file", "blob", f"HEAD:{name}")
+        except GitError:
+            return False
+        return text.encode(errors="surrogateescape").startswith(found.rstrip(b"\n"))
 
 
 def _keep(clone: Clone, state: State, commit: str) -> str:
@@ -484,9 +494,10 @@ def _keep(clone: Clone, state: State, commit: str) -> str:
 
 def _keep_changes(clone: Clone, tree: Tree, state: State) -> None:
     """Keep what is in the worktree and in no commit of the rebase, and say where."""
-    message = f"What was changed during the rebase to {state.name}"
-    kept = _keep(clone, state, tree.snapshot(message))
-    say(f"what was changed in {show(tree.path)} is kept as {kept}")
+    made = tree.snapshot(f"What was changed during the rebase to {state.name}")
+    if made != state.tip:
+        kept = _keep(clone, state, made)
+        say(f"what was changed in {show(tree.path)} is kept as {kept}")
 
 
 def _open(clone: Clone, state: State) -> Tree | None:
@@ -823,7 +834,7 @@ def _undo(clone: Clone, tree: Tree, state: State, commit: str) -> None:
         there = tree.blobs("HEAD")
         for name in trial.names - there.keys():
             path = tree.path / name
-            if path.exists() and trial.wrote(tree.path, name):
+            if path.exists() and trial.wrote(tree, name):
                 path.unlink()
         if not trial.made(tree):
             _keep_changes(clone, tree, state)
@@ -866,11 +877,7 @@ def _finish(clone: Clone, state: State) -> None:
     if kept:
         say(f"what {state.branch} was at before is {kept}")
     if tree := _open(clone, state):
-        # A file that is only missing was removed with the worktree, by a killed run.
-        changed = [name for name in tree.dirty() if (tree.path / name).exists()]
-        only = tree("diff", "--cached", "--name-only", "--diff-filter=d", "HEAD")
-        if changed or only or tree.others() or tree.resolve("HEAD") != state.tip:
-            _keep_changes(clone, tree, state)
+        _keep_changes(clone, tree, state)
     _end(clone, state)
     width = max(map(len, state.patches))
     for name, step in zip(state.patches, state.done, strict=True):

@@ -1165,6 +1165,35 @@ def test_what_an_interrupted_pick_left_is_not_kept(
     assert "'é'" in (filled.own / "vllm/b.py").read_text()
 
 
+@pytest.mark.parametrize("env", [{"TO": NEW}, {"CONTINUE": "1"}, {"ABORT": "1"}])
+@pytest.mark.parametrize("mine", [False, True])
+def test_worktree_that_is_half_checked_out(
+    filled: Toy, tmp_path: Path, env: dict[str, str], mine: bool
+) -> None:
+    """What is missing, or cut off, is nobody's."""
+    upstream(filled)
+    at = tree(filled)
+    script = (
+        f'"{shutil.which("git")}" "$@"; cd "{at}"; index=$(git rev-parse --git-path '
+        'index); mv "$index" "$index.lock"; rm vllm/b.py run.sh; kill -9 $PPID; exit 1'
+    )
+    path = instead(tmp_path, "add", script)
+    assert filled.run("rebase", ok=None, TO=NEW, PATH=path).returncode == -9
+    if "ABORT" not in env:
+        whole_file = (at / "data.txt").read_text()
+        (at / "data.txt").write_text(whole_file[:1000])
+    if mine:
+        (at / "vllm/a.py").write_text("mine\n")
+    done = filled.run("rebase", **env)
+    kept = f"refs/gemma4/aborted/{NEW}"
+    assert done.stderr.count("is kept as") == mine
+    if mine:
+        assert f"is kept as {kept}\n" in done.stderr
+        assert filled.git("show", f"{kept}:vllm/a.py") == "mine"
+    if "ABORT" not in env:
+        whole(filled)
+
+
 def test_file_in_the_way_that_is_committed(filled: Toy, tmp_path: Path) -> None:
     upstream(filled)
     mine = tree(filled) / "vllm" / "new.py"
