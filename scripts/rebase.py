@@ -532,13 +532,18 @@ def _tree(clone: Clone, state: State) -> Tree:
         )
     say(f"making {show(path)}, a worktree of {show(clone.path)}")
     # What there is of it is what a killed run left.
-    with contextlib.suppress(GitError):
-        clone("worktree", "remove", "-f", "-f", str(path))
-    console.remove(path)
+    _remove(clone, path)
     clone("worktree", "add", "-f", "-f", "-q", "--detach", str(path), state.tip)
     state.stopped = []
     _save(clone, state)
     return Tree(path, own=not console.option("VLLM"))
+
+
+def _remove(clone: Clone, path: Path) -> None:
+    # With a part of the folder left git would not forget it.
+    console.remove(path)
+    with contextlib.suppress(GitError):
+        clone("worktree", "remove", "-f", "-f", str(path))
 
 
 def _kind(tree: Tree, old: str, new: str) -> str:
@@ -928,9 +933,7 @@ def _end(clone: Clone, state: State) -> None:
     if state.tree:
         if tree := _open(clone, state):
             _spare(tree)
-        with contextlib.suppress(GitError):
-            clone("worktree", "remove", "-f", "-f", state.tree)
-        console.remove(Path(state.tree))
+        _remove(clone, Path(state.tree))
     clone("update-ref", "-d", _series(clone))
     _file(clone).unlink(missing_ok=True)
 

@@ -1194,6 +1194,17 @@ def test_worktree_that_is_half_checked_out(
         whole(filled)
 
 
+@pytest.mark.parametrize("gone", [".git", ""])
+def test_worktree_that_is_half_removed(filled: Toy, tmp_path: Path, gone: str) -> None:
+    """Or the next rebase would have another of that name beside it."""
+    upstream(filled)
+    script = f'rm -r "{tree(filled)}/{gone}"; kill -9 $PPID'
+    path = instead(tmp_path, "range-diff", script)
+    assert filled.run("rebase", ok=None, TO=NEW, PATH=path).returncode == -9
+    filled.run("rebase", CONTINUE="1")
+    whole(filled)
+
+
 def test_file_in_the_way_that_is_committed(filled: Toy, tmp_path: Path) -> None:
     upstream(filled)
     mine = tree(filled) / "vllm" / "new.py"
