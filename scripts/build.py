@@ -484,6 +484,12 @@ def _verify(target: Host, clone: Clone) -> None:
     if done.returncode or not lines[0].startswith(str(clone.path)):
         # Run it again next time rather than believe it.
         (packages(target.python) / f"{HOOK}.json").unlink(missing_ok=True)
+        found = re.search(r"No module named '(\w+)[^\n]*\s*\Z", done.stderr)
+        if found and found[1] != "vllm" and (given := console.option("PYTHON")):
+            raise Failure(
+                f"PYTHON={given} has no {found[1]}, which vLLM imports",
+                "install it there, or give an interpreter that has it",
+            )
         for line in (done.stderr or done.stdout).splitlines()[-15:]:
             console.err.print("  " + line)
         raise Failure(

@@ -250,3 +250,18 @@ def test_another_release_is_applied_first(toy: Toy, theirs: Path) -> None:
     assert ask(python, version) == "1.1.0+cpu"
     interpreter(toy, theirs)
     assert not (toy.own / "vllm/later.py").exists()
+
+
+def test_environment_without_torch(toy: Toy, tmp_path: Path) -> None:
+    tree = TREE | MORE | {"vllm/__init__.py": "import torch.nn\n"}
+    theirs = make_theirs(toy, tmp_path, tree)
+    done = toy.run("build", ok=None, PYTHON=str(theirs))
+    assert done.stderr.splitlines()[-2].startswith("copied ")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: PYTHON={theirs} has no torch, which vLLM imports: install it there, "
+        "or give an interpreter that has it"
+    )
+    site = next((tmp_path / "their env").glob("lib/python3*/site-packages"))
+    (site / "torch").mkdir()
+    (site / "torch/nn.py").write_text("")
+    toy.run("build", PYTHON=str(theirs))
