@@ -134,6 +134,17 @@ print(json.dumps(found))
 """
 
 
+# Becomes a job that a SIGKILL of what started it ends, too: it would go on measuring
+# beside the next one.
+_BOUND = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
 def variables(kind: str, tag: str) -> dict[str, str]:
     """Return the variables that jobs run with.
 
@@ -295,7 +306,8 @@ def run(
         Failure: it measured nothing.
     """
     out.unlink(missing_ok=True)
-    command = [str(python), "-m", *job.command, "--json", str(out)]
+    command = [str(python), "-c", _BOUND, str(os.getpid())]
+    command += ["-m", *job.command, "--json", str(out)]
     with (
         log.open("w") as output,
         subprocess.Popen(

@@ -214,7 +214,10 @@ def command_lines() -> Iterator[bytes]:
             yield file.read_bytes()
 
 
-def test_interrupt_ends_the_job_and_keeps_results(toy: Bench) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_interrupt_ends_the_job_and_keeps_results(
+    toy: Bench, sent: signal.Signals
+) -> None:
     bench.keep(Path(os.environ["RESULTS"]), {"job": "old"}, [{"median": 1}])
     before = toy.lines
     (toy.folder / "hang-a").touch()
@@ -239,10 +242,13 @@ def test_interrupt_ends_the_job_and_keeps_results(toy: Bench) -> None:
             if out.exists() and len(out.read_text().splitlines()) == 2:
                 break
             time.sleep(0.1)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(sent)
         _, said = running.communicate(timeout=30)
-    assert running.returncode == 130
-    assert b"interrupted" in said
+    if sent == signal.SIGINT:
+        assert running.returncode == 130
+        assert b"interrupted" in said
+    else:
+        time.sleep(1)
     assert not any(str(out).encode() in line for line in command_lines())
     assert toy.lines == before
 
