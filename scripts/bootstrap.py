@@ -5,15 +5,21 @@
 standard library alone, for nothing else is there yet.
 """
 
-import errno
-import fcntl
-import hashlib
-import json
-import shutil
-import signal
-import subprocess
 import sys
-from pathlib import Path
+
+try:
+    # This takes most of its time, where there is nothing to make.
+    import errno
+    import fcntl
+    import hashlib
+    import json
+    import shutil
+    import signal
+    import subprocess
+    from pathlib import Path
+except KeyboardInterrupt:
+    print("interrupted: run the same command again", file=sys.stderr)
+    sys.exit(130)
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"

@@ -258,6 +258,19 @@ def test_no_space_for_the_tools(fresh: Path) -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
+def test_interrupted_before_the_tools(fresh: Path) -> None:
+    (fresh / "fcntl.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "scripts/bootstrap.py"],
+        cwd=fresh,
+        env=os.environ | {"PYTHONPATH": str(fresh)},
+        capture_output=True,
+        text=True,
+    )
+    said = "interrupted: run the same command again\n"
+    assert (done.returncode, done.stderr) == (130, said)
+
+
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_tools(fresh: Path, kill: signal.Signals) -> None:
     """While pip runs; what it was making is made by the next run."""
