@@ -104,7 +104,7 @@ def _export(clone: Clone, base: str, release: Release) -> None:
             _replace(target, made, old)
     clone("update-ref", applied_ref(release), clone.resolve("HEAD"))
     changed = [name for name in after if after[name] != before.get(name)]
-    gone = [name for name in before if name not in after]
+    gone = sorted(before.keys() - after.keys())
     for name in changed:
         say(f"wrote {show(target / name)}")
     for name in gone:

@@ -425,7 +425,7 @@ class Lint:
                         f"{path.name}: not as `make export` writes it: run "
                         f"`{console.make('apply export')}`"
                     )
-        say(f"lint: vLLM's own checks on the {len(changed)} files of the series")
+        say(f"lint: vLLM's own checks on the files of the series, {len(changed)}")
         tree = checkout(clone, commits[-1], BUILD / f"lint-{release.tag}").path
         there = [name for name in sorted(changed) if (tree / name).is_file()]
         for line in upstream(tree, there):
@@ -548,13 +548,14 @@ def main() -> None:
     stage = console.option("STAGE") or "all"
     if stage not in ("all", "own", "patches"):
         raise Failure(f"STAGE={stage} is unknown", "lint has own and patches")
+    release = pins.load(console.option("RELEASE"))
     lint = Lint()
     if stage in ("all", "own"):
         lint.own()
     if stage in ("all", "patches"):
-        lint.series(pins.load(console.option("RELEASE")))
+        lint.series(release)
     if lint.count:
-        say(f"lint: {lint.count} findings")
+        say(f"lint: {lint.count} finding{'s' if lint.count > 1 else ''}")
         raise SystemExit(1)
     say("lint: clean")
 

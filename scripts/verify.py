@@ -26,7 +26,7 @@ from rich.table import Table
 
 from scripts import build, console, lint, pins, series
 from scripts import test as runner
-from scripts.apply import open_clone
+from scripts.apply import count, open_clone
 from scripts.build import Host
 from scripts.console import BUILD, ROOT, Failure, err, say, show
 from scripts.git import Clone, GitError
@@ -963,7 +963,9 @@ def _failure(check: Check) -> Iterator[str]:
 def _number(name: str, default: int) -> int:
     text = console.option(name)
     if text and not re.fullmatch(r"[1-9]\d*", text):
-        raise Failure(f"{name}={text} is no number", "give 1 or more")
+        raise Failure(
+            f"{name}={text} is no number from 1 up", "give one, or leave it out"
+        )
     return int(text or default)
 
 
@@ -1015,7 +1017,7 @@ def main() -> None:
                 free.append(Slot(clone, base, path, target.wheel))
             if len(free) == jobs:
                 break
-        say(f"verify: {len(made)} of {len(files)} patches, {len(listed)} checks")
+        say(f"verify: {len(made)} of {count(len(files))}, {len(listed)} checks")
         missed = perform(verifier, listed, free, begun + 60 * minutes)
     _report(made, listed, missed, release, partial)
 
@@ -1051,8 +1053,8 @@ def _report(
     note = f", {len(skipped)} skipped here" if skipped else ""
     note += f", {len(none)} without tests" if none else ""
     sys.stderr.flush()
-    count = f"{len(made)} patches, {len(listed) - len(missed)} checks"
-    print(f"{count}, {len(wrong)} failed{note} ({show(report)})", flush=True)
+    checks = f"{count(len(made))}, {len(listed) - len(missed)} checks"
+    print(f"{checks}, {len(wrong)} failed{note} ({show(report)})", flush=True)
     if wrong or (missed and not partial):
         raise SystemExit(1)
 

@@ -156,6 +156,15 @@ def test_an_edited_patch_is_not_written_over(filled: Toy) -> None:
     assert first.exists() and len(filled.files()) == 3
 
 
+def test_files_that_are_removed(filled: Toy) -> None:
+    names = sorted(filled.files())
+    filled.git("reset", "-q", "--hard", f"{BRANCH}~3")
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "More")
+    said = filled.run("export").stderr
+    lines = [line for line in said.splitlines() if line.startswith("removed ")]
+    assert lines == [f"removed patches/{TAG}/{name}" for name in names]
+
+
 def test_two_with_one_number(filled: Toy) -> None:
     """What one command says to do is not what the other refuses."""
     filled.run("apply")

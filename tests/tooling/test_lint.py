@@ -283,6 +283,18 @@ def test_series_by_upstreams_checks(upstream: Toy) -> None:
     assert any("Would reformat: vllm/b.py" in line for line in lines)
 
 
+def test_release_that_is_unknown(toy: Toy) -> None:
+    done = toy.run("lint", ok=False, RELEASE="v9.9.9")
+    assert "ruff" not in done.stderr and "v9.9.9" in done.stderr
+
+
+def test_one_finding(upstream: Toy) -> None:
+    path = next(upstream.patches.glob("*.patch"))
+    path.write_text(path.read_text() + "-- \n2.39\n")
+    done = upstream.run("lint", ok=None, STAGE="patches")
+    assert done.stderr.endswith("lint: 1 finding\n")
+
+
 def test_series_by_typos(upstream: Toy) -> None:
     upstream.change("vllm/b.py", "b1 = 1\n", "b1 = 1  # teh\n", "Words")
     upstream.run("export")

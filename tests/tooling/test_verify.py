@@ -239,7 +239,8 @@ def test_changes_invalidate_what_they_must(project: Project) -> None:
     hook = project.toy.root / "scripts" / "verify_hook.py"
     text = hook.read_text()
     hook.write_text(text + "# Another.\n")
-    project.verify(PATCH="0001")
+    said = project.verify(PATCH="0001")
+    assert said.splitlines()[-1].startswith("1 patch, ")
     hook.write_text(text)
     assert project.counted() == {"a": 2}
 
@@ -621,8 +622,10 @@ def test_select_refuses(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["JOBS", "MINUTES"])
 def test_numbers(project: Project, name: str) -> None:
-    line = project.toy.fails("verify", **project.env(**{name: "two"}))
-    assert f"{name}=two is no number" in line
+    for text in ("two", "0"):
+        line = project.toy.fails("verify", **project.env(**{name: text}))
+        said = f"{name}={text} is no number from 1 up: give one, or leave it out"
+        assert said in line
 
 
 @pytest.mark.parametrize("name", ["JOBS", "MINUTES", "FULL", "PARTIAL", "DEVICE"])
