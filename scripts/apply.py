@@ -163,17 +163,22 @@ def import_base(clone: Clone, release: Release, ref: str) -> None:
         )
 
 
+def refuse_under_way(clone: Clone) -> None:
+    """Refuse a checkout in which a rebase or the like is under way."""
+    if what := clone.under_way():
+        raise Failure(
+            f"a {what} is under way in {show(clone.path)}",
+            "end it with --continue or --abort",
+        )
+
+
 def refuse_unready(clone: Clone) -> None:
     """Refuse a checkout that a person is in the middle of changing.
 
     Raises:
         Failure: a rebase or the like is under way, or files are changed.
     """
-    if what := clone.under_way():
-        raise Failure(
-            f"a {what} is under way in {show(clone.path)}",
-            "end it with --continue or --abort",
-        )
+    refuse_under_way(clone)
     if dirty := clone.dirty():
         more = f" and {len(dirty) - 1} more" if dirty[1:] else ""
         raise Failure(
@@ -215,10 +220,10 @@ def _marker(clone: Clone) -> Path:
 def recover(clone: Clone) -> None:
     """Mend a switch of the working tree that was killed half-way.
 
-    Only files that hold what the switch took away or was writing are put back.
+    Only what the switch took away or was writing is put back.
 
     Raises:
-        Failure: one of them was changed since.
+        Failure: there is something else, which a person has begun or changed since.
     """
     marker = _marker(clone)
     if not marker.exists():
@@ -227,37 +232,45 @@ def recover(clone: Clone) -> None:
     if len(text) != 2:
         marker.unlink()
         return
-    before, after = text
+    refuse_under_way(clone)
+    old, new = (clone.blobs(commit) for commit in text)
+    touched = [n for n in old.keys() | new.keys() if old.get(n) != new.get(n)]
+    # In the index as neither commit has it.
+    first, second = (clone.unlike(commit) for commit in text)
+    other = first & second
+    other |= {n for n in touched if not _ours(clone, n, old.get(n), new.get(n))}
+    if other:
+        raise Failure(
+            f"{min(other)} in {show(clone.path)} was changed after an interrupted "
+            "apply",
+            "`git stash` it or move it away, and run this again",
+        )
     say("an earlier run was killed while it changed files: putting them back")
     (clone.dir / "index.lock").unlink(missing_ok=True)
     (clone.dir / "HEAD.lock").unlink(missing_ok=True)
-    old, new = (clone.blobs(commit) for commit in (before, after))
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) == new.get(name):
-            continue
-        path = clone.path / name
-        if not path.is_file() or path.is_symlink():
-            continue
-        data = path.read_bytes()
-        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        if blob in (old.get(name), new.get(name)):
-            continue
-        half = new.get(name)
-        if half and _blob(clone, half).startswith(data):
-            continue
-        raise Failure(
-            f"{name} in {show(clone.path)} was changed after an interrupted apply",
-            f"move it away, then remove {marker}",
-        )
     # HEAD moves last, so what it names is what the files must be.
     head = clone.blobs(clone.resolve("HEAD"))
-    touched = [n for n in old.keys() | new.keys() if old.get(n) != new.get(n)]
-    clone("read-tree", "--reset", "HEAD")
     for name in touched:
         (clone.path / name).unlink(missing_ok=True)
+    clone("read-tree", "--reset", "HEAD")
     back = b"".join(os.fsencode(name) + b"\0" for name in touched if name in head)
     clone("checkout-index", "-f", "-q", "-u", "-z", "--stdin", data=back)
     marker.unlink()
+
+
+def _ours(clone: Clone, name: str, *blobs: str | None) -> bool:
+    """Return whether a file is gone or holds one of some blobs, perhaps cut off."""
+    path = clone.path / name
+    if path.is_symlink():
+        data = os.fsencode(path.readlink())
+    elif path.is_file():
+        data = path.read_bytes()
+    else:
+        return not path.exists()
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return blob in blobs or any(
+        _blob(clone, half).startswith(data) for half in blobs if half
+    )
 
 
 def _blob(clone: Clone, name: str) -> bytes:
@@ -414,11 +427,7 @@ def _apply(clone: Clone, base: str, release: Release) -> None:
     on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
     same = now and not halt and contents(clone, base, now) == wanted
     if same and on_branch:
-        if what := clone.under_way():
-            raise Failure(
-                f"a {what} is under way in {show(clone.path)}",
-                "end it with --continue or --abort",
-            )
+        refuse_under_way(clone)
         clone("update-ref", applied_ref(release), now)
         changed = " (with uncommitted changes)" if clone.dirty() else ""
         say(f"already applied: {many} in {where}{changed}")

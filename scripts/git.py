@@ -209,6 +209,11 @@ class Clone:
         listed = self("status", "--porcelain", "-z", "--untracked-files=no")
         return [entry[3:] for entry in listed.split("\0") if entry]
 
+    def unlike(self, commit: str) -> set[str]:
+        """Return the files of which the index has something else than a commit."""
+        listed = self("diff-index", "--cached", "--name-only", "-z", commit)
+        return set(listed.split("\0")) - {""}
+
     def under_way(self) -> str:
         """Return what a person has begun and not ended, such as "rebase"."""
         for name, what in UNDER_WAY.items():

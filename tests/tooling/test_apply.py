@@ -458,38 +458,87 @@ def test_interrupted_anywhere(filled: Toy, tmp_path: Path, kill: str) -> None:
     assert nth > 20
 
 
+def killed(toy: Toy, tmp_path: Path, at: Path, **env: Any) -> None:
+    """Apply, and be killed when some files are changed."""
+    path = instead(
+        tmp_path,
+        "--no-overwrite-ignore",
+        f'cd "{at}"; touch .git/index.lock; printf "# SP" > vllm/new.py; '
+        "rm vllm/a.py vllm/b.py; kill -9 $PPID; exit 1",
+    )
+    done = toy.run("apply", ok=None, PATH=path, **env)
+    assert done.returncode == -signal.SIGKILL
+    assert not (at / "vllm/a.py").exists()
+
+
+def on_release(toy: Toy) -> Path:
+    """Bring the project's checkout to the release, without the series."""
+    toy.git("switch", "-q", "--detach", TAG)
+    toy.git("branch", "-D", BRANCH)
+    return toy.own
+
+
 @pytest.mark.parametrize("where", ["own", "clone"])
 def test_killed_while_files_change(
     filled: Toy, clone: Path, tmp_path: Path, where: str
 ) -> None:
-    at = clone if where == "clone" else filled.own
+    at = clone if where == "clone" else on_release(filled)
     env: dict[str, Any] = {"VLLM": str(clone)} if where == "clone" else {}
-    if where == "own":
-        filled.git("switch", "-q", "--detach", TAG)
-        filled.git("branch", "-D", BRANCH)
-    real = shutil.which("git")
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "git").write_text(
-        '#!/bin/sh\ncase " $* " in *" checkout -q --no-overwrite"*)\n'
-        f'cd "{at}"; touch .git/index.lock; printf "# SP" > vllm/new.py\n'
-        '"REAL" cat-file blob gemma4/x:vllm/b.py > vllm/b.py 2>/dev/null\n'
-        "rm vllm/a.py vllm/b.py; kill -9 $PPID; exit 1;; esac\n"
-        'exec "REAL" "$@"\n'.replace("REAL", str(real))
-    )
-    (folder / "git").chmod(0o755)
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    done = filled.run("apply", ok=None, PATH=path, **env)
-    assert done.returncode == -signal.SIGKILL
-    assert not (at / "vllm/a.py").exists()
+    killed(filled, tmp_path, at, **env)
     # A change made since must not be lost.
     (at / "vllm/b.py").write_text("mine\n")
     assert "vllm/b.py" in filled.fails("apply", **env)
     assert (at / "vllm/b.py").read_text() == "mine\n"
     (at / "vllm/b.py").unlink()
+    (at / "vllm/b.py").symlink_to("mine")
+    assert "vllm/b.py" in filled.fails("apply", **env)
+    (at / "vllm/b.py").unlink()
     filled.run("apply", **env)
     assert status(filled, at) == ""
     assert filled.git("branch", "--show-current", at=at) == BRANCH
+
+
+@pytest.mark.parametrize("what", ["staged", "new", "gone", "unmerged", "cherry-pick"])
+def test_what_was_staged_after_a_kill_is_kept(
+    filled: Toy, tmp_path: Path, what: str
+) -> None:
+    at = on_release(filled)
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 2\n", "two")
+    filled.change("vllm/a.py", "a1 = 2\n", "a1 = 3\n", "three")
+    three = filled.head()
+    filled.git("switch", "-q", "--detach", TAG)
+    killed(filled, tmp_path, at)
+    (at / ".git/index.lock").unlink()
+    filled.git("reset", "-q", "--hard")
+    name = {"new": "vllm/mine.py", "gone": "run.sh"}.get(what, "vllm/a.py")
+    path = at / name
+    if what == "staged":
+        was = path.read_text()
+        path.write_text("mine\n")
+        filled.git("add", name)
+        path.write_text(was)
+    elif what == "new":
+        path.write_text("mine\n")
+        filled.git("add", name)
+        path.unlink()
+    elif what == "gone":
+        filled.git("rm", "-q", "--cached", name)
+    else:
+        flag = ["-n"] if what == "unmerged" else []
+        with pytest.raises(AssertionError):
+            filled.git("cherry-pick", *flag, three)
+    index, before = filled.git("ls-files", "-s"), status(filled)
+    line = filled.fails("apply")
+    assert (what if what == "cherry-pick" else name) in line
+    assert (filled.git("ls-files", "-s"), status(filled)) == (index, before)
+    # What the line says helps.
+    if what == "cherry-pick":
+        filled.git("cherry-pick", "--abort")
+    else:
+        if what == "unmerged":
+            filled.git("add", name)
+        filled.git("stash")
+    filled.run("apply")
 
 
 def test_two_at_once(filled: Toy) -> None:
