@@ -229,17 +229,25 @@ def recover(clone: Clone) -> None:
     if not marker.exists():
         return
     text = marker.read_text().split()
-    if len(text) != 2:
+    known = [clone.resolve(commit) for commit in text]
+    # HEAD moves last, so what it names is what the files must be.
+    if len(text) != 2 or "" in known or clone.resolve("HEAD") not in known:
+        # A person has gone elsewhere since.
         marker.unlink()
         return
     refuse_under_way(clone)
-    old, new = (clone.blobs(commit) for commit in text)
+    old, new, head = (clone.blobs(commit) for commit in [*text, "HEAD"])
     touched = [n for n in old.keys() | new.keys() if old.get(n) != new.get(n)]
+    ours = [n for n in touched if _ours(clone, n, old.get(n), new.get(n))]
+    if not clone.dirty():
+        # Cleaned since, but for what git does not track.
+        for name in set(ours) - head.keys():
+            (clone.path / name).unlink(missing_ok=True)
+        marker.unlink()
+        return
     # In the index as neither commit has it.
     first, second = (clone.unlike(commit) for commit in text)
-    other = first & second
-    other |= {n for n in touched if not _ours(clone, n, old.get(n), new.get(n))}
-    if other:
+    if other := first & second | set(touched) - set(ours):
         raise Failure(
             f"{min(other)} in {show(clone.path)} was changed after an interrupted "
             "apply",
@@ -248,8 +256,6 @@ def recover(clone: Clone) -> None:
     say("an earlier run was killed while it changed files: putting them back")
     (clone.dir / "index.lock").unlink(missing_ok=True)
     (clone.dir / "HEAD.lock").unlink(missing_ok=True)
-    # HEAD moves last, so what it names is what the files must be.
-    head = clone.blobs(clone.resolve("HEAD"))
     for name in touched:
         (clone.path / name).unlink(missing_ok=True)
     clone("read-tree", "--reset", "HEAD")

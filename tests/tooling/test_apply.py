@@ -541,6 +541,30 @@ def test_what_was_staged_after_a_kill_is_kept(
     filled.run("apply")
 
 
+@pytest.mark.parametrize("where", ["there", "elsewhere"])
+def test_cleaned_after_a_kill(filled: Toy, tmp_path: Path, where: str) -> None:
+    at = on_release(filled)
+    killed(filled, tmp_path, at)
+    (at / ".git/index.lock").unlink()
+    filled.git("reset", "-q", "--hard")
+    path = at / "vllm/new.py"
+    assert path.exists()
+    path.write_text("mine\n")
+    if where == "elsewhere":
+        filled.git("switch", "-q", "-c", "mine")
+        filled.change("vllm/a.py", "a1 = 1\n", "a1 = 2\n", "mine")
+        (at / "vllm/b.py").write_text("mine\n")
+        line = filled.fails("apply")
+        assert "uncommitted changes in vllm/b.py: commit or stash" in line
+        filled.git("checkout", "-q", "vllm/b.py")
+    line = filled.fails("apply")
+    assert "untracked files" in line and "vllm/new.py" in line
+    assert path.read_text() == "mine\n"
+    assert not (at / ".git/gemma4-switch").exists()
+    path.unlink()
+    assert "killed" not in filled.run("apply").stderr
+
+
 def test_two_at_once(filled: Toy) -> None:
     with filled.at_work():
         assert "another make command is at work" in filled.fails("apply")
