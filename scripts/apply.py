@@ -218,7 +218,7 @@ def _marker(clone: Clone) -> Path:
 
 
 def recover(clone: Clone) -> None:
-    """Mend a switch of the working tree that was killed half-way.
+    """Mend a switch of the working tree that ended half-way.
 
     Only what the switch took away or was writing is put back.
 
@@ -253,7 +253,7 @@ def recover(clone: Clone) -> None:
             "apply",
             "`git stash` it or move it away, and run this again",
         )
-    say("an earlier run was killed while it changed files: putting them back")
+    say("a switch of the files did not end: putting them back")
     (clone.dir / "index.lock").unlink(missing_ok=True)
     (clone.dir / "HEAD.lock").unlink(missing_ok=True)
     for name in touched:
@@ -292,7 +292,7 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
         tip: the commit.
 
     Raises:
-        Failure: files that git does not know are in the way.
+        Failure: git could not; what cannot be put back now `recover` puts back later.
     """
     marker = _marker(clone)
     before = clone.resolve("HEAD")
@@ -303,22 +303,28 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
             "checkout", "-q", "--no-overwrite-ignore", "--no-track", "-B", branch, tip
         )
     except GitError as error:
-        marker.unlink(missing_ok=True)
-        lines = str(error).splitlines()
+        lock = clone.dir / "index.lock"
         if error.files:
+            marker.unlink(missing_ok=True)
             raise Failure(
                 f"untracked files in {show(clone.path)} are in the way: "
                 + ", ".join(error.files),
                 "move them away",
             ) from None
-        if any("index.lock" in line for line in lines):
+        if "index.lock': File exists" in str(error) and lock.exists():
+            marker.unlink(missing_ok=True)
             raise Failure(
                 f"another git is at work in {show(clone.path)}",
-                f"end it, or remove {show(clone.dir / 'index.lock')} if none is",
+                f"end it, or remove {show(lock)} if none is",
             ) from None
+        then = "mend that and run this again"
+        try:
+            recover(clone)
+        except (Failure, GitError, OSError):
+            then += ", which puts its files back"
+        line = error.denied or str(error).split("\n")[0]
         raise Failure(
-            f"git could not switch {show(clone.path)} to {branch} ({lines[0]})",
-            "mend that and run this again",
+            f"git could not switch {show(clone.path)} to {branch} ({line})", then
         ) from None
     marker.unlink(missing_ok=True)
 

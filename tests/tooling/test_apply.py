@@ -562,7 +562,40 @@ def test_cleaned_after_a_kill(filled: Toy, tmp_path: Path, where: str) -> None:
     assert path.read_text() == "mine\n"
     assert not (at / ".git/gemma4-switch").exists()
     path.unlink()
-    assert "killed" not in filled.run("apply").stderr
+    assert "putting" not in filled.run("apply").stderr
+
+
+FULL = "echo \"fatal: Unable to create '.git/index.lock': No space\" >&2; exit 128"
+
+
+@pytest.mark.parametrize("end", [FULL, "kill -INT $$", "kill -KILL $$"])
+@pytest.mark.parametrize("back", [True, False])
+def test_a_switch_that_fails_half_way(
+    filled: Toy, tmp_path: Path, end: str, back: bool
+) -> None:
+    at = on_release(filled)
+    before = filled.head()
+    path = instead(
+        tmp_path,
+        # Where putting back fails too.
+        "--no-overwrite-ignore"
+        if back
+        else '--no-overwrite-ignore "*|*" read-tree --reset',
+        f'cd "{at}"; {"touch .git/index.lock; " * ("KILL" in end)}'
+        f'printf "# SP" > vllm/new.py; rm -f vllm/a.py vllm/b.py; {end}',
+    )
+    line = filled.fails("apply", PATH=path)
+    assert "another git" not in line
+    assert ("No space): mend that and" if end == FULL else "ended with -") in line
+    if back:
+        assert (filled.head(), status(filled)) == (before, "")
+        assert (at / ".git/HEAD").read_text() == before + "\n"
+        assert not (at / ".git/gemma4-switch").exists()
+    else:
+        assert "which puts its files back" in line
+    assert filled.git("branch", "--list", BRANCH) == ""
+    assert ("putting them back" in filled.run("apply").stderr) != back
+    assert status(filled) == ""
 
 
 def test_two_at_once(filled: Toy) -> None:
