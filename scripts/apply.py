@@ -187,6 +187,29 @@ def refuse_unready(clone: Clone) -> None:
         )
 
 
+def refuse_loose(clone: Clone, goal: str) -> None:
+    """Refuse to leave commits that only a detached HEAD has.
+
+    Args:
+        clone: where.
+        goal: the commit to go to.
+
+    Raises:
+        Failure: no ref has them, nor that commit.
+    """
+    head = (clone.dir / "HEAD").read_text().strip()
+    if (
+        head.startswith("ref: ")
+        or clone("for-each-ref", "--count=1", "--contains", head)
+        or clone.contains(goal, head)
+    ):
+        return
+    raise Failure(
+        f"{show(clone.path)} is at {head[:12]}, which no branch or tag has",
+        f"keep it with `git -C {shlex.quote(show(clone.path))} branch NAME`",
+    )
+
+
 def contents(clone: Clone, base: str, tip: str) -> list[series.Content] | None:
     """Return what the commits from base to tip say, None if they are no line."""
     parents = clone(
@@ -454,6 +477,7 @@ def _apply(clone: Clone, base: str, release: Release) -> None:
             f"write them with `{export_command(clone, release.tag)}`, or",
         )
     goal, kept = now if same else tip, ""
+    refuse_loose(clone, goal)
     if now not in ("", base, goal):
         kept = clone.keep(now, replaced_ref(release.tag))
     switch(clone, release.branch, goal)

@@ -103,6 +103,33 @@ def test_amended_commit_is_kept(filled: Toy) -> None:
     assert filled.head() == tip
 
 
+@pytest.mark.parametrize("continued", ["", "1"])
+def test_commits_of_a_detached_head_are_kept(filled: Toy, continued: str) -> None:
+    tip = filled.head()
+    filled.git("switch", "-q", "--detach", TAG)
+    filled.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "Mine")
+    mine = filled.head()
+    if continued:
+        break_first(filled)
+    line = filled.fails("apply", CONTINUE=continued)
+    assert f"is at {mine[:12]}, which no branch or tag has: keep it with" in line
+    assert "`git -C build/vllm branch NAME`" in line
+    assert filled.head() == mine and filled.git("rev-parse", BRANCH) == tip
+    filled.git("branch", "mine")
+    filled.run("apply", ok=not continued, CONTINUE=continued)
+
+
+def test_a_detached_head_of_the_series(filled: Toy) -> None:
+    filled.reset()
+    filled.run("apply")
+    tip = filled.head()
+    filled.git("switch", "-q", "--detach")
+    filled.git("branch", "-D", BRANCH)
+    filled.git("update-ref", "-d", f"refs/gemma4/applied/{TAG}")
+    filled.run("apply")
+    assert filled.head() == tip
+
+
 def test_uncommitted_changes_are_kept(filled: Toy) -> None:
     (filled.own / "vllm/a.py").write_text("mine\n")
     sorted(filled.patches.glob("*.patch"))[-1].unlink()
