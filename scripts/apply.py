@@ -40,6 +40,8 @@ def open_clone(release: Release) -> tuple[Clone, str]:
             base = clone.resolve(name)
             if base.startswith(release.commit):
                 return clone, base
+        if made:
+            return clone, made
         tag = clone.resolve(f"refs/tags/{release.tag}")
         if tag:
             raise Failure(

@@ -430,6 +430,20 @@ def test_clone_without_the_release(filled: Toy, clone: Path) -> None:
     assert "git fetch UPSTREAM tag v1.0.0" in filled.fails("apply", VLLM=str(clone))
 
 
+def test_clone_with_a_base_that_was_made(filled: Toy, clone: Path) -> None:
+    base = f"refs/gemma4/base/{TAG}"
+    filled.git("fetch", "-q", str(filled.own), f"{TAG}:{base}", at=clone)
+    pins = filled.root / "pins.toml"
+    short = filled.git("rev-parse", "--short=9", TAG, at=clone)
+    pins.write_text(pins.read_text().replace(short, "123456789"))
+    for name in ("old", "older"):
+        filled.run("apply", VLLM=str(clone))
+        assert filled.git("merge-base", base, BRANCH, at=clone)
+        filled.git("branch", "-m", BRANCH, f"{BRANCH}-{name}", at=clone)
+        if name == "old":
+            filled.git("tag", "-d", TAG, at=clone)
+
+
 def test_clone_with_another_tag(filled: Toy, clone: Path) -> None:
     filled.git("tag", "-f", TAG, "main", at=clone)
     pins = filled.root / "pins.toml"
