@@ -351,6 +351,13 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
         raise Failure(
             f"git could not switch {show(clone.path)} to {branch} ({line})", then
         ) from None
+    # git only warns of what it may not write.
+    if left := clone.dirty():
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        raise Failure(
+            f"git could not switch {left[0]}{more} in {show(clone.path)}",
+            "see that they can be written and run this again",
+        )
     marker.unlink(missing_ok=True)
 
 

@@ -639,6 +639,22 @@ def test_a_switch_that_fails_half_way(
     assert status(filled) == ""
 
 
+def test_files_that_could_not_be_switched(filled: Toy, tmp_path: Path) -> None:
+    at = on_release(filled)
+    real = shutil.which("git")
+    path = instead(
+        tmp_path,
+        "--no-overwrite-ignore",
+        f'"{real}" "$@"; cd "{at}"; for f in vllm/a.py vllm/b.py; do '
+        f'"{real}" show {TAG}:$f > $f; done; exit 0',
+    )
+    line = filled.fails("apply", PATH=path)
+    assert "git could not switch vllm/a.py and 1 more in build/vllm: see that" in line
+    done = filled.run("apply")
+    assert "putting them back" in done.stderr and "already applied" in done.stderr
+    assert status(filled) == "" and filled.git("branch", "--show-current") == BRANCH
+
+
 def test_two_at_once(filled: Toy) -> None:
     with filled.at_work():
         assert "another make command is at work" in filled.fails("apply")
