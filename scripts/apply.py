@@ -361,8 +361,14 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
     marker.unlink(missing_ok=True)
 
 
-def _continue(clone: Clone, halt: series.Conflict) -> None:
-    """Go on at a patch that does not apply, or stop there for a person to."""
+def _continue(clone: Clone, halt: series.Conflict, back: list[str]) -> None:
+    """Go on at a patch that does not apply, or stop there for a person to.
+
+    Args:
+        clone: where.
+        halt: the patch.
+        back: what brings the branch and HEAD back after `git am --abort`.
+    """
     paths = [str(path) for path in halt.rest]
     try:
         clone("am", "-q", "-3", "--keep-non-patch", "--no-scissors", *paths)
@@ -370,8 +376,13 @@ def _continue(clone: Clone, halt: series.Conflict) -> None:
         if not clone("diff", "--name-only", "--diff-filter=U"):
             # Not even a three-way merge: leave what fits and .rej files.
             stuck = clone.dir / "rebase-apply" / "patch"
+            before = clone.untracked()
             with contextlib.suppress(GitError):
                 clone("apply", "--reject", "--whitespace=nowarn", str(stuck))
+            if made := sorted(clone.untracked() - before):
+                back.insert(0, f"rm -f -- {shlex.join(made)}")
+        where = shlex.quote(show(clone.path))
+        say(f"to give up: {' && '.join([f'cd {where}', 'git am --abort', *back])}")
         raise Failure(
             str(halt).split(" does not apply", 1)[0]
             + f" needs you: conflicts or .rej files are in {show(clone.path)}",
@@ -453,6 +464,7 @@ def apply(release: Release) -> Clone:
 
 def _apply(clone: Clone, base: str, release: Release) -> None:
     recover(clone)
+    refuse_under_way(clone)
     files = series.patches(release.patches)
     where = f"{show(clone.path)} ({release.branch})"
     many = count(len(files))
@@ -468,10 +480,10 @@ def _apply(clone: Clone, base: str, release: Release) -> None:
     head = "refs/heads/" + release.branch
     now = clone.resolve(head)
     wanted = contents(clone, base, tip)
-    on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
+    at = (clone.dir / "HEAD").read_text().strip()
+    on_branch = at == f"ref: {head}"
     same = now and not halt and contents(clone, base, now) == wanted
     if same and on_branch:
-        refuse_under_way(clone)
         clone("update-ref", applied_ref(release), now)
         changed = " (with uncommitted changes)" if clone.dirty() else ""
         say(f"already applied: {many} in {where}{changed}")
@@ -496,7 +508,15 @@ def _apply(clone: Clone, base: str, release: Release) -> None:
     if kept:
         say(f"what was there before is {kept}")
     if halt:
-        _continue(clone, halt)
+        was = now or goal
+        back = [
+            f"git reset -q --hard {was[:12]}",
+            f"git update-ref {applied_ref(release)} {was[:12]}",
+        ]
+        if not on_branch:
+            name = at.removeprefix("ref: refs/heads/")
+            back.append(f"git checkout -q {shlex.quote(name)}")
+        _continue(clone, halt, back)
 
 
 def main() -> None:

@@ -41,7 +41,8 @@ OVERRIDES = {
 # Left under way by a person: none of these is ours to end.
 UNDER_WAY = {
     "rebase-merge": "rebase",
-    "rebase-apply": "rebase or am",
+    "rebase-apply/applying": "git am",
+    "rebase-apply": "rebase",
     "MERGE_HEAD": "merge",
     "CHERRY_PICK_HEAD": "cherry-pick",
     "REVERT_HEAD": "revert",
@@ -213,6 +214,10 @@ class Clone:
         """Return the files of which the index has something else than a commit."""
         listed = self("diff-index", "--cached", "--name-only", "-z", commit)
         return set(listed.split("\0")) - {""}
+
+    def untracked(self) -> set[str]:
+        """Return the files that git does not track, ignored ones too."""
+        return set(self("ls-files", "--others", "-z").split("\0")) - {""}
 
     def under_way(self) -> str:
         """Return what a person has begun and not ended, such as "rebase"."""

@@ -2,8 +2,10 @@
 """Applying, and each way in which it can go wrong."""
 
 import os
+import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +158,9 @@ def test_under_way(filled: Toy, what: str) -> None:
         with pytest.raises(AssertionError):
             filled.git(*begin)
     before = status(filled)
-    assert f"{what} is under way" in filled.fails("apply").replace(
-        "rebase or am", f"{what}"
-    )
+    assert f"{what} is under way" in filled.fails("apply")
+    break_first(filled)
+    assert f"{what} is under way" in filled.fails("apply")
     assert status(filled) == before
 
 
@@ -251,6 +253,49 @@ def test_a_stop_that_is_given_up_is_not_exported(filled: Toy) -> None:
     filled.run("apply")
     filled.run("export")
     assert len(filled.files()) == len(before) and broken.read_text() == good
+
+
+@pytest.mark.parametrize("where", ["branch", "release", "new"])
+@pytest.mark.parametrize("merges", [True, False])
+def test_a_stop_can_be_given_up(filled: Toy, where: str, merges: bool) -> None:
+    for name, old, new in (("a", "a10 = 'ten'", "a10 = 11"), ("b", "b9", "c9")):
+        path = filled.own / f"vllm/{name}.py"
+        path.write_text(path.read_text().replace(old, new))
+    (filled.own / "a new.py").touch()
+    filled.git("add", "-A")
+    filled.git("commit", "-qm", "[Model] Three files")
+    filled.run("export")
+    good = filled.files()
+    first, *_, last = sorted(filled.patches.glob("*.patch"))
+    first.write_text(first.read_text().replace("+a10 = 'ten'", "+a10 = 'zehn'"))
+    if not merges:
+        text = last.read_text()
+        last.write_text(re.sub("(?m)^index [1-9a-f]{9}", f"index {'1' * 9}", text))
+    if where == "release":
+        filled.git("switch", "-q", "--detach", TAG)
+    if where == "new":
+        on_release(filled)
+    (filled.own / "notes").write_text("mine\n")
+    head = (filled.own / ".git/HEAD").read_text()
+    refs = filled.git("for-each-ref", "refs/heads", "refs/gemma4/applied")
+    done = filled.run("apply", ok=False, CONTINUE="1")
+    assert (filled.own / "vllm/a.py.rej").exists() != merges
+    assert "a git am is under way in build/vllm" in filled.fails("apply")
+    (line,) = (one for one in done.stderr.splitlines() if one.startswith("to give"))
+    back = line.removeprefix("to give up: ")
+    subprocess.run(["sh", "-ec", back], cwd=filled.root, check=True)
+    assert status(filled) == "?? notes"
+    assert (filled.own / ".git/HEAD").read_text() == head
+    if where != "new":
+        now = filled.git("for-each-ref", "refs/heads", "refs/gemma4/applied")
+        assert now == refs
+    before = filled.files()
+    filled.fails("export")
+    assert filled.files() == before
+    for name, data in good.items():
+        (filled.patches / name).write_bytes(data)
+    filled.run("apply")
+    assert status(filled) == "?? notes"
 
 
 def test_what_a_branch_was_is_kept(filled: Toy) -> None:
