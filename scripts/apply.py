@@ -331,9 +331,16 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
         lock = clone.dir / "index.lock"
         if error.files:
             marker.unlink(missing_ok=True)
+            files = ", ".join(error.files)
+            if "untracked" not in str(error).split("\n")[0]:
+                raise Failure(
+                    f"{files} in {show(clone.path)} have changes that git was told not "
+                    "to see",
+                    "`git update-index --no-skip-worktree` (or --no-assume-unchanged) "
+                    "them, then commit or stash them",
+                ) from None
             raise Failure(
-                f"untracked files in {show(clone.path)} are in the way: "
-                + ", ".join(error.files),
+                f"untracked files in {show(clone.path)} are in the way: {files}",
                 "move them away",
             ) from None
         if "index.lock': File exists" in str(error) and lock.exists():
@@ -455,14 +462,15 @@ def apply(release: Release) -> Clone:
     Raises:
         Failure: it cannot, and the checkout is as it was.
     """
+    go_on = console.enabled("CONTINUE")
     clone, base = open_clone(release)
     # Another project, or another worktree of the clone, has another build/.
     with console.lock(clone.common / "gemma4"):
-        _apply(clone, base, release)
+        _apply(clone, base, release, go_on)
     return clone
 
 
-def _apply(clone: Clone, base: str, release: Release) -> None:
+def _apply(clone: Clone, base: str, release: Release, go_on: bool) -> None:
     recover(clone)
     refuse_under_way(clone)
     files = series.patches(release.patches)
@@ -473,7 +481,7 @@ def _apply(clone: Clone, base: str, release: Release) -> None:
         with console.scratch() as folder:
             commits = series.derive(clone, base, files, folder)
     except series.Conflict as conflict:
-        if not console.enabled("CONTINUE"):
+        if not go_on:
             raise
         commits, halt = conflict.good, conflict
     tip = commits[-1] if commits else base

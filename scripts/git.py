@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from scripts.console import Failure, show
+from scripts.console import ROOT, Failure, show
 
 NAME = "vllm-gemma4 authors"
 EMAIL = "vllm-gemma4@users.noreply.invalid"
@@ -317,5 +317,6 @@ def find(path: Path, given: str = "VLLM") -> Clone:
     except GitError as error:
         raise Failure(f"{given}={path} is no git checkout", ask) from error
     if Path(top).resolve() != path:
-        raise Failure(f"{given}={path} is inside of {show(Path(top))}", ask)
+        whose = "this project" if Path(top).resolve() == ROOT else show(Path(top))
+        raise Failure(f"{given}={path} is inside of {whose}", ask)
     return clone

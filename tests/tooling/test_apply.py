@@ -464,6 +464,17 @@ def test_untracked_file_in_the_way(filled: Toy, clone: Path, ignored: bool) -> N
     assert filled.git("branch", "--list", BRANCH, at=clone) == ""
 
 
+@pytest.mark.parametrize("flag", ["skip-worktree", "assume-unchanged"])
+def test_changes_that_git_does_not_see(filled: Toy, clone: Path, flag: str) -> None:
+    (clone / "vllm/b.py").write_text("mine\n")
+    filled.git("update-index", f"--{flag}", "vllm/b.py", at=clone)
+    line = filled.fails("apply", VLLM=str(clone))
+    assert "vllm/b.py in" in line and f"--no-{flag}" in line
+    assert (clone / "vllm/b.py").read_text() == "mine\n"
+    filled.git("update-index", f"--no-{flag}", "vllm/b.py", at=clone)
+    assert "uncommitted changes in vllm/b.py" in filled.fails("apply", VLLM=str(clone))
+
+
 def test_clone_without_the_release(filled: Toy, clone: Path) -> None:
     filled.git("tag", "-d", TAG, at=clone)
     pins = filled.root / "pins.toml"
@@ -509,6 +520,17 @@ def test_no_clone(filled: Toy, clone: Path, tmp_path: Path, what: str) -> None:
     if what == "other":
         filled.git("init", "-q", at=path)
     filled.fails("apply", VLLM=str(path))
+
+
+def test_folder_of_this_project(filled: Toy) -> None:
+    filled.git("init", "-q", at=filled.root)
+    line = filled.fails("apply", VLLM="patches")
+    assert "patches is inside of this project: give VLLM= the top folder" in line
+
+
+def test_continue_that_is_neither(filled: Toy) -> None:
+    line = filled.fails("apply", CONTINUE="maybe")
+    assert "CONTINUE=maybe is neither yes nor no" in line
 
 
 def test_index_lock_of_another_git(filled: Toy, clone: Path) -> None:
