@@ -770,7 +770,7 @@ def test_what_is_only_staged_is_kept(
 
 def test_what_git_ignores_is_kept(filled: Toy) -> None:
     upstream(filled, **CONFLICT)
-    ends = ({"ABORT": "1"}, {"CONTINUE": "1", "DROP": "1"})
+    ends: list[dict[str, Any]] = [{"ABORT": "1"}, {"CONTINUE": "1", "DROP": "1"}]
     for number, env in enumerate(ends, 1):
         filled.fails("rebase", TO=NEW)
         (tree(filled) / "vllm/mine.so").write_text("mine\n")
@@ -1168,7 +1168,7 @@ def test_what_an_interrupted_pick_left_is_not_kept(
 @pytest.mark.parametrize("env", [{"TO": NEW}, {"CONTINUE": "1"}, {"ABORT": "1"}])
 @pytest.mark.parametrize("mine", [False, True])
 def test_worktree_that_is_half_checked_out(
-    filled: Toy, tmp_path: Path, env: dict[str, str], mine: bool
+    filled: Toy, tmp_path: Path, env: dict[str, Any], mine: bool
 ) -> None:
     """What is missing, or cut off, is nobody's."""
     upstream(filled)
