@@ -238,7 +238,8 @@ def replaced_ref(name: str) -> str:
     return f"refs/gemma4/replaced/{name}"
 
 
-def _marker(clone: Clone) -> Path:
+def unfinished(clone: Clone) -> Path:
+    """Return the file that is there while the working tree is switched."""
     return clone.dir / "gemma4-switch"
 
 
@@ -250,7 +251,7 @@ def recover(clone: Clone) -> None:
     Raises:
         Failure: there is something else, which a person has begun or changed since.
     """
-    marker = _marker(clone)
+    marker = unfinished(clone)
     if not marker.exists():
         return
     text = marker.read_text().split()
@@ -319,7 +320,7 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
     Raises:
         Failure: git could not; what cannot be put back now `recover` puts back later.
     """
-    marker = _marker(clone)
+    marker = unfinished(clone)
     before = clone.resolve("HEAD")
     if before:
         marker.write_text(f"{before} {tip}\n")

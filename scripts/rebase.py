@@ -30,10 +30,12 @@ from scripts.apply import (
     open_clone,
     open_own,
     recover,
+    refuse_loose,
     refuse_unexported,
     refuse_unready,
     replaced_ref,
     switch,
+    unfinished,
 )
 from scripts.console import BUILD, Failure, say, show
 from scripts.git import Clone, GitError
@@ -871,9 +873,11 @@ def _finish(clone: Clone, state: State) -> None:
     on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
     try:
         refuse_unready(clone)
+        refuse_loose(clone, state.tip)
         switch(clone, state.branch, state.tip)
     except Failure as failure:
-        if on_branch:
+        # The next run ends a switch that stopped half-way.
+        if on_branch or unfinished(clone).exists():
             raise
         clone("branch", "-q", "-f", "--no-track", state.branch, state.tip)
         say(f"the checkout stays where it is ({str(failure).split(': ')[0]})")

@@ -655,6 +655,32 @@ def test_uncommitted_changes_do_not_matter(filled: Toy) -> None:
     assert "3 patches" in filled.run("export", RELEASE=NEW).stderr
 
 
+def test_commits_of_a_detached_head_do_not_matter(filled: Toy) -> None:
+    upstream(filled)
+    filled.git("switch", "-q", "--detach", TAG)
+    filled.git("commit", "-q", "--allow-empty", "-m", "mine")
+    mine = filled.git("rev-parse", "HEAD")
+    said = filled.run("rebase", TO=NEW).stderr
+    assert f"stays where it is (build/vllm is at {mine[:12]}, which no branch" in said
+    assert filled.git("rev-parse", "HEAD") == mine
+    filled.git("branch", "mine")
+    filled.git("switch", "-q", NEW_BRANCH)
+
+
+def test_switch_that_stops_half_way(filled: Toy, tmp_path: Path) -> None:
+    upstream(filled, a=("a12 = 12\n", "a12 = 'upstream'\n"))
+    file = filled.own / "vllm/a.py"
+    half = instead(tmp_path, "checkout", f'echo half > "{file}"; exit 128')
+    said = filled.fails("rebase", TO=NEW, PATH=half)
+    assert "run this again, which puts its files back" in said
+    # What is there is not what the switch wrote: a person decides.
+    assert "vllm/a.py" in filled.fails("rebase", CONTINUE="1")
+    filled.git("restore", "vllm/a.py")
+    filled.run("rebase", CONTINUE="1")
+    whole(filled)
+    assert filled.git("branch", "--show-current") == NEW_BRANCH
+
+
 def test_something_under_way_does_not_matter(filled: Toy) -> None:
     upstream(filled)
     filled.git("bisect", "start")
