@@ -259,7 +259,8 @@ def test_no_space_for_the_tools(fresh: Path) -> None:
 
 
 def test_interrupted_before_the_tools(fresh: Path) -> None:
-    (fresh / "fcntl.py").write_text("raise KeyboardInterrupt\n")
+    # One that no Python has built in.
+    (fresh / "subprocess.py").write_text("raise KeyboardInterrupt\n")
     done = subprocess.run(
         [sys.executable, "scripts/bootstrap.py"],
         cwd=fresh,
