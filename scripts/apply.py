@@ -182,9 +182,8 @@ def refuse_unready(clone: Clone) -> None:
     """
     refuse_under_way(clone)
     if dirty := clone.dirty():
-        more = f" and {len(dirty) - 1} more" if dirty[1:] else ""
         raise Failure(
-            f"{show(clone.path)} has uncommitted changes in {dirty[0]}{more}",
+            f"{show(clone.path)} has uncommitted changes in {console.some(dirty)}",
             "commit or stash them",
         )
 
@@ -361,9 +360,8 @@ def switch(clone: Clone, branch: str, tip: str) -> None:
         ) from None
     # git only warns of what it may not write.
     if left := clone.dirty():
-        more = f" and {len(left) - 1} more" if left[1:] else ""
         raise Failure(
-            f"git could not switch {left[0]}{more} in {show(clone.path)}",
+            f"git could not switch {console.some(left)} in {show(clone.path)}",
             "see that they can be written and run this again",
         )
     marker.unlink(missing_ok=True)

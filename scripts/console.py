@@ -235,6 +235,11 @@ def enabled(name: str) -> bool:
     return said in ("1", "yes", "true")
 
 
+def some(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+
+
 def write(path: Path, text: str) -> None:
     """Put a text in the place of a file: a run that is killed leaves the old one."""
     fresh = path.with_name(path.name + ".new")

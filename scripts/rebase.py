@@ -928,8 +928,7 @@ def _spare(tree: Tree) -> None:
     for name in names:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         (tree.path / name).rename(to / name)
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    say(f"{names[0]}{more}, which git ignores, is in {show(to)} now")
+    say(f"{console.some(names)}, which git ignores, is in {show(to)} now")
 
 
 def _end(clone: Clone, state: State) -> None:
