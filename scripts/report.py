@@ -119,7 +119,8 @@ def agreement(found: Record | None) -> list[str]:
     if found.get("nats") is not None:
         first += f", {found['nats']:.3f} nats"
     if causal := found.get("causal"):
-        first += f"; causal images {agreement(causal)[0]}"
+        wrong, _ = agreement(causal | {"with": REFERENCE})
+        first += f"; causal images {wrong}"
     if found.get("with", REFERENCE) != REFERENCE:
         first += f" ({found['with']})"
     return [
@@ -478,8 +479,12 @@ def step(device: Device) -> list[str]:
             is the release on that backend, *patched, FA3 and FA4* the patched tree with
             FA3 for the heads that it has. The engines run eager, without compilation
             and graphs. Behind the tokens, nats are the largest difference of log
-            probabilities from those on Triton, of the likeliest tokens; *causal images*
-            says what both are where images attend as text does, which is wrong.
+            probabilities from those on Triton, of the tokens that both have among their
+            likeliest: answers that differ much have few in common, or none.
+            *Causal images* says what both are where images attend as text does, which
+            is wrong. Rounding tells most where experts are chosen, which are as good as
+            tied with random weights: see how the release's own text differs from that
+            on Triton.
         """),
         *figures(device, "step"),
         *lines,

@@ -270,6 +270,19 @@ A one (1.67x)
 """
 
 
+def test_an_agreement_names_once_what_it_is_with() -> None:
+    wrong = {"requests": 8, "first": 1, "tokens": 8, "equal": 1, "nats": 1.25}
+    right = {"requests": 8, "first": 7, "tokens": 8, "equal": 7, "nats": 0.5}
+    for other, behind in (("release", " (release)"), (report.REFERENCE, "")):
+        found = right | {"with": other, "causal": wrong | {"with": other}}
+        assert report.agreement(found) == [
+            f"7 of 8, 0.500 nats; causal images 1 of 8, 1.250 nats{behind}",
+            "7 of 8",
+        ]
+    few = right | {"causal": wrong | {"nats": None}}
+    assert report.agreement(few)[0] == "7 of 8, 0.500 nats; causal images 1 of 8"
+
+
 def test_text() -> None:
     found = text_of(lines_of(jobs())).splitlines()
     for line in filter(None, ROWS.splitlines()):
