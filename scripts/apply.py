@@ -198,9 +198,9 @@ def refuse_loose(clone: Clone, goal: str) -> None:
     Raises:
         Failure: no ref has them, nor that commit.
     """
-    head = (clone.dir / "HEAD").read_text().strip()
+    head = clone.head
     if (
-        head.startswith("ref: ")
+        head.startswith("refs/")
         or clone("for-each-ref", "--count=1", "--contains", head)
         or clone.contains(goal, head)
     ):
@@ -409,7 +409,7 @@ def export_command(clone: Clone, tag: str) -> str:
     plain = tag == pins.load().tag and not console.option("RELEASE")
     words = "export" if plain else f"export RELEASE={tag}"
     branch = pins.load(tag).branch
-    if f"ref: refs/heads/{branch}" == (clone.dir / "HEAD").read_text().strip():
+    if clone.head == f"refs/heads/{branch}":
         return console.make(words)
     where = shlex.quote(show(clone.path))
     return f"git -C {where} switch {branch} && {console.make(words)}"
@@ -487,8 +487,8 @@ def _apply(clone: Clone, base: str, release: Release, go_on: bool) -> None:
     head = "refs/heads/" + release.branch
     now = clone.resolve(head)
     wanted = contents(clone, base, tip)
-    at = (clone.dir / "HEAD").read_text().strip()
-    on_branch = at == f"ref: {head}"
+    at = clone.head
+    on_branch = at == head
     same = now and not halt and contents(clone, base, now) == wanted
     if same and on_branch:
         clone("update-ref", applied_ref(release), now)
@@ -521,7 +521,7 @@ def _apply(clone: Clone, base: str, release: Release, go_on: bool) -> None:
             f"git update-ref {applied_ref(release)} {was[:12]}",
         ]
         if not on_branch:
-            name = at.removeprefix("ref: refs/heads/")
+            name = at.removeprefix("refs/heads/")
             back.append(f"git checkout -q {shlex.quote(name)}")
         _continue(clone, halt, back)
 

@@ -25,7 +25,7 @@ def commits(clone: Clone, base: str, release: Release) -> list[str]:
     """
     where = shlex.quote(show(clone.path))
     refuse_unready(clone)
-    head = (clone.dir / "HEAD").read_text().strip().removeprefix("ref: refs/heads/")
+    head = clone.head.removeprefix("refs/heads/")
     if head != release.branch:
         raise Failure(
             f"{where} is at {head[:40]}, not on {release.branch}",

@@ -156,6 +156,14 @@ class Clone:
         return Path(self("rev-parse", "--path-format=absolute", "--git-common-dir"))
 
     @property
+    def head(self) -> str:
+        """The ref that is checked out, the commit where HEAD is detached."""
+        try:
+            return self("symbolic-ref", "-q", "HEAD")
+        except GitError:
+            return self.resolve("HEAD")
+
+    @property
     def key(self) -> str:
         """What tells this clone from others in names of files."""
         return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]

@@ -870,7 +870,7 @@ def _finish(clone: Clone, state: State) -> None:
     if now and now not in (state.onto, state.tip):
         kept = clone.keep(now, replaced_ref(state.name))
     then = console.make(f"export RELEASE={state.name}")
-    on_branch = f"ref: {head}" == (clone.dir / "HEAD").read_text().strip()
+    on_branch = clone.head == head
     try:
         refuse_unready(clone)
         refuse_loose(clone, state.tip)

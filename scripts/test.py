@@ -141,6 +141,7 @@ def pytest(
     cwd: Path,
     what: list[str],
     env: dict[str, str] | None = None,
+    flags: tuple[str, ...] = (),
 ) -> None:
     """Run pytest and add what came of it.
 
@@ -152,6 +153,7 @@ def pytest(
         cwd: where to run it.
         what: files or tests.
         env: more variables for it.
+        flags: more of its command line.
     """
     reports = BUILD / "reports"
     reports.mkdir(exist_ok=True)
@@ -163,7 +165,7 @@ def pytest(
     with (
         log.open("w") as out,
         subprocess.Popen(
-            command(python, report, [*what, *arguments()]),
+            command(python, report, [*what, *flags, *arguments()]),
             cwd=cwd,
             env=environ() | (env or {}),
             stdout=out,
@@ -275,7 +277,12 @@ def stage(name: str, release: Release, target: Host | None) -> Tally:
     tally = Tally(name)
     folder = ROOT / "tests" / name
     if name == "tooling":
-        pytest(tally, Path(sys.executable), ROOT, ["tests/tooling"])
+        # Most of their time is of one process that waits for another. The tests of a
+        # file stay together, as they share what it sets up.
+        cores = len(os.sched_getaffinity(0))
+        flags = ("-n", str(min(cores, 8)), "--dist", "loadfile")
+        flags += ("--max-worker-restart", "0")
+        pytest(tally, Path(sys.executable), ROOT, ["tests/tooling"], flags=flags)
         return tally
     assert target is not None
     if name == "vllm":
