@@ -4,6 +4,7 @@
 What there is and where it goes is known without matplotlib, which only `save` needs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,19 +15,20 @@ from scripts.results import (
     AXES,
     BACKENDS,
     ENGINE_FORMS,
-    MODELS,
+    TAIL,
     TOWER_FORMS,
     TOWERS,
     Device,
     Record,
+    Run,
     Spread,
     by,
     first_token,
-    fit,
     known,
     memory,
     model,
     of_bench,
+    powers,
     rated,
     split,
     spread,
@@ -51,8 +53,14 @@ OTHERS = (
     *("#b07aa1", "#ff9d9a", "#76b7b2", "#d37295"),
     *("#8cd17d", "#a0cbe8", "#d4a6c8", "#86bcb6"),
 )
+# One a form where several may be at the same place.
+MARKERS = ("o", "s", "^", "D", "v", "p")
 # What one batch shows of all forms, where it was measured.
 SHOWN = ("8 x 280", "8 x 280 mixed", "1 x 280")
+# What a bar is, see `spread`.
+RANGE = "median and quartiles\n(range of fewer than five samples)"
+# Of panels beside each other.
+COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -111,18 +119,27 @@ def figures(device: Device) -> list[Figure]:
         size = (8, 1.6 + 0.7 * cases + 0.3 * len(steps))
         add(["step"], "One step of the engine", size, partial(_step, steps))
     if serving := _ratios(device):
-        rows = sum(len(ratios) for ratios in serving.values())
-        size = (8, 1.6 + 0.4 * rows)
-        add(["serving"], "Against the release", size, partial(_serving, serving))
-    for run, (kind, load), records in device.groups("rates", "kind", "workload"):
+        rows = max(len(ratios) for ratios in serving.values())
+        lines = math.ceil(len(serving) / COLUMNS)
+        size = (9, 1.3 + lines * (0.5 + 0.24 * rows))
+        title = "Throughput and latency against the release"
+        add(["serving"], title, size, partial(_serving, serving))
+    for run, (kind, layers, load), records in device.groups(
+        "rates", "kind", "layers", "workload"
+    ):
         if rated(records):
-            title = f"{MODELS.get(kind, kind)}, {load}, at rising rates"
-            add([run.head["job"], kind, load], title, (9, 4), partial(_rates, records))
-    for run, (axis, kind), records in device.groups("scaling", "axis", "kind"):
-        names = TOWERS if AXES[axis][1] else MODELS
-        title = f"{names.get(kind, kind)} by {AXES[axis][0]}"
+            title = f"{_name(run, kind, layers)}: {load}, at rising rates"
+            draw = partial(_rates, records)
+            add([run.head["job"], kind, load], title, (9, 4.8), draw)
+    for run, (axis, kind, layers), records in device.groups(
+        "scaling", "axis", "kind", "layers"
+    ):
+        along, is_tower = AXES[axis]
+        title = f"Language model of {model(kind, layers)},"
+        if is_tower:
+            title = f"Vision tower of {TOWERS.get(kind, kind)}"
         draw = partial(_scaling, axis, records)
-        add([run.head["job"], kind, axis], title, (9, 4), draw)
+        add([run.head["job"], kind, axis], f"{title} by {along}", (9, 4.8), draw)
     return found
 
 
@@ -156,6 +173,17 @@ def _colors(names: Mapping[str, str], forms: Sequence[str]) -> dict[str, str]:
     return COLORS | {f: OTHERS[n % len(OTHERS)] for n, f in enumerate(others)}
 
 
+def _marks(forms: Sequence[str], form: str, color: str) -> dict[str, Any]:
+    """Return a form's marks: hollow, and smaller than those that they may be on."""
+    n = forms.index(form)
+    return {
+        "marker": MARKERS[n % len(MARKERS)],
+        "markersize": 4 + 2 * (len(forms) - 1 - n),
+        "markerfacecolor": "none",
+        "color": color,
+    }
+
+
 def _bars(found: Sequence[Spread]) -> list[list[float]]:
     """Return how far each range reaches below and above its median."""
     return [[s.median - s.low for s in found], [s.high - s.median for s in found]]
@@ -171,8 +199,10 @@ def _rows(axes: Any, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _legend(figure: Any, drawn: Mapping[str, Any]) -> None:
-    handles, place = list(drawn.values()), "outside lower center"
+def _legend(
+    figure: Any, drawn: Mapping[str, Any], place: str = "outside lower center"
+) -> None:
+    handles = list(drawn.values())
     figure.legend(handles, list(drawn), loc=place, ncols=4, fontsize="small")
 
 
@@ -216,7 +246,7 @@ def _tower(records: Sequence[Record], forms: Sequence[str], figure: Any) -> None
             label=TOWER_FORMS.get(form, form),
         )
     _logarithmic(axes.xaxis)
-    axes.set_xlabel("milliseconds, median and quartiles")
+    axes.set_xlabel(f"milliseconds, {RANGE}")
     axes.set_ylabel("batch")
     _rows(axes, batches)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small")
@@ -234,10 +264,15 @@ def _forms(records: Sequence[Record], forms: Sequence[str], figure: Any) -> None
         if of_form[form].get("error"):
             error.plot([of_form[form]["error"]], [row], "o", color=colors[form])
     _logarithmic(time.xaxis)
-    time.set_xlabel("milliseconds, median and quartiles")
+    time.set_xlabel(f"milliseconds, {RANGE}")
     _logarithmic(error.xaxis)
     error.set_xlabel("error relative to float32")
     _rows(time, [TOWER_FORMS.get(form, form) for form in forms])
+
+
+def _name(run: Run, kind: str, layers: int | None) -> str:
+    """Return a model with its layers, and what else its job is called."""
+    return f"{model(kind, layers)}:{run.title}" if run.title else model(kind, layers)
 
 
 Parts = dict[str, dict[str, dict[str, Record]]]
@@ -249,8 +284,7 @@ def _step_parts(device: Device) -> Parts:
     for run, (kind, layers, case, tree), records in device.groups(
         "step", "kind", "layers", "case", "tree"
     ):
-        title = f":{run.title}" if run.title else ""
-        cases = found.setdefault(f"{model(kind, layers)}{title}", {})
+        cases = found.setdefault(_name(run, kind, layers), {})
         cases.setdefault(case, {})[tree] = by(records, "variant")
     return found
 
@@ -289,9 +323,7 @@ def _step(steps: Parts, figure: Any) -> None:
                 axes.errorbar([found.median], [place], xerr=bars, fmt="none", color=INK)
         _rows(axes, list(cases))
         axes.set_title(name, fontsize="medium")
-    panels[-1].set_xlabel(
-        "milliseconds for language model and tower, median and quartiles"
-    )
+    panels[-1].set_xlabel(f"milliseconds for language model and tower, {RANGE}")
     _legend(figure, drawn)
 
 
@@ -301,11 +333,13 @@ Ratios = dict[str, dict[str, dict[str, Spread]]]
 def _ratios(device: Device) -> Ratios:
     """Return how many times better than the release: by model, workload and tree."""
     found: Ratios = {}
-    for run, (kind, load), records in device.groups("serving", "kind", "workload"):
+    for run, (kind, layers, load), records in device.groups(
+        "serving", "kind", "layers", "workload"
+    ):
         of_tree = by(records, "tree")
         if "release" not in of_tree or len(of_tree) < 2:
             continue
-        rows = found.setdefault(f"{MODELS.get(kind, kind)}{run.title}", {})
+        rows = found.setdefault(_name(run, kind, layers), {})
         release, _ = of_bench(of_tree["release"])
         for tree in known(ENGINE_FORMS, records):
             own, unit = of_bench(of_tree[tree])
@@ -316,120 +350,145 @@ def _ratios(device: Device) -> Ratios:
 
 
 def _serving(models: Ratios, figure: Any) -> None:
-    heights = [len(rows) for rows in models.values()]
+    loads = list(dict.fromkeys(load for rows in models.values() for load in rows))
+    lines = math.ceil(len(models) / COLUMNS)
+    # In a part of its own, or its legend would be on the figure's title.
+    figure = figure.subfigures()
     panels = figure.subplots(
-        len(models), squeeze=False, height_ratios=heights, sharex=True
-    )[:, 0]
+        lines, min(COLUMNS, len(models)), squeeze=False, sharex=True, sharey=True
+    ).flatten()
     drawn: dict[str, Any] = {}
-    for axes, (name, rows) in zip(panels, models.items(), strict=True):
+    for axes, (name, rows) in zip(panels, models.items(), strict=False):
         there = [{"tree": tree} for trees in rows.values() for tree in trees]
         forms = known(ENGINE_FORMS, there)
         colors = _colors(ENGINE_FORMS, forms)
         for form in forms:
-            found = [(n, of[form]) for n, of in enumerate(rows.values()) if form in of]
-            label = ENGINE_FORMS.get(form, form)
-            drawn[label] = axes.errorbar(
+            found = [(loads.index(n), of[form]) for n, of in rows.items() if form in of]
+            drawn[ENGINE_FORMS.get(form, form)] = axes.errorbar(
                 [ratio.median for _, ratio in found],
-                [_places(forms, form, row, 0.5) for row, _ in found],
+                [_places(forms, form, row, 0.6) for row, _ in found],
                 xerr=_bars([ratio for _, ratio in found]),
                 fmt="o",
                 markersize=4,
                 color=colors[form],
-                label=label,
             )
         axes.axvline(1, color=COLORS["release"], linewidth=1)
-        _rows(axes, list(rows))
+        axes.tick_params(labelbottom=True)
         axes.set_title(name, fontsize="medium")
-    panels[-1].set_xlabel("times as fast as the release (1), median and quartiles")
-    _legend(figure, drawn)
+    _rows(panels[0], loads)
+    for axes in panels[len(models) :]:
+        axes.remove()
+    figure.supxlabel(
+        "times as good as the release (1): ratio of medians, and from the closest to\n"
+        "the farthest of both ranges (quartiles; all of fewer than five samples)",
+        fontsize="medium",
+    )
+    _legend(figure, drawn, "outside upper center")
 
 
 def _rates(records: Sequence[Record], figure: Any) -> None:
     achieved, first = figure.subplots(1, 2)
     forms = known(ENGINE_FORMS, records)
     colors = _colors(ENGINE_FORMS, forms)
-    offered = sorted({record["rate"] for record in rated(records)})
-    achieved.plot(
-        offered,
-        offered,
-        color=INK,
-        linewidth=0.8,
-        linestyle=":",
-        label="as offered",
-    )
+    offered = [record["rate"] for record in rated(records)]
+    at_once = [record for record in records if record["rate"] is None]
+    # All at once is no rate: it is apart, where the next one would be.
+    places = {rate: rate for rate in offered}
+    names = [f"{rate:g}" for rate in places]
+    if at_once:
+        places[None] = 2 * offered[-1]
+        names.append("all at\nonce")
+    [line] = achieved.plot(offered, offered, color=INK, linewidth=0.8, linestyle=":")
+    drawn = {"as offered": line}
     for form in forms:
-        own = rated(record for record in records if record["tree"] == form)
-        rates, color = [record["rate"] for record in own], colors[form]
-        label = ENGINE_FORMS.get(form, form)
-        achieved.plot(
-            rates,
-            [record["request_throughput"] for record in own],
-            "o-",
-            markersize=4,
-            color=color,
-            label=label,
-        )
-        found = [first_token(record) for record in own]
-        first.plot(rates, [s.median for s in found], "o-", markersize=4, color=color)
-        first.fill_between(
-            rates,
-            [s.low for s in found],
-            [s.high for s in found],
-            color=color,
-            alpha=0.25,
-            linewidth=0,
-        )
-        tails = [record["p99_ttft_ms"] for record in own]
-        first.plot(rates, tails, "--", color=color, linewidth=1)
-    _logarithmic(first.yaxis)
-    _logarithmic(achieved.yaxis)
+        label, marks = ENGINE_FORMS.get(form, form), _marks(forms, form, colors[form])
+        # Beside each other, or the ranges would be on each other.
+        shift = 1.2 ** _places(forms, form, 0)
+        for found in (rated(records), at_once):
+            own = [record for record in found if record["tree"] == form]
+            where = [places[record["rate"]] for record in own]
+            answers = [record["request_throughput"] for record in own]
+            [line] = achieved.plot(where, answers, **marks)
+            drawn.setdefault(label, line)
+            waits = [first_token(record) for record in own]
+            first.errorbar(
+                [shift * x for x in where],
+                [wait.median for wait in waits],
+                yerr=_bars(waits),
+                **marks,
+            )
+            tails = [
+                (shift * x, record["p99_ttft_ms"])
+                for x, record in zip(where, own, strict=True)
+                if record["completed"] >= TAIL
+            ]
+            if tails:
+                style = {"markersize": 4, "linewidth": 1, "color": colors[form]}
+                [line] = first.plot(*zip(*tails, strict=True), "x--", **style)
+                drawn.setdefault(f"{label}, 99th percentile", line)
     achieved.set_ylabel("achieved, requests a second")
-    first.set_ylabel("time to first token, milliseconds")
+    first.set_ylabel(
+        "time to first token, milliseconds\n(median and quartiles of requests)"
+    )
     first.set_title(
-        "median, quartiles (band), 99th percentile (dashed)", fontsize="small"
+        f"99th percentile: only of {TAIL} requests or more", fontsize="small"
     )
     for axes in (achieved, first):
-        # Each is twice the one before.
-        _logarithmic(axes.xaxis, offered)
+        _logarithmic(axes.yaxis)
+        _logarithmic(axes.xaxis)
+        axes.set_xticks(list(places.values()), names)
         axes.set_xlabel("offered, requests a second")
-    achieved.legend(fontsize="small")
+    _legend(figure, drawn)
 
 
 def _scaling(axis: str, records: Sequence[Record], figure: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     names = TOWER_FORMS if AXES[axis][1] else ENGINE_FORMS
     forms = known(names, records)
     colors, is_share = _colors(names, forms), axis == "image_share"
     # On a CPU an engine's memory is not known.
     has_memory = any(memory(record) for record in records)
     panels = figure.subplots(1, 1 + has_memory, squeeze=False)[0]
-    for form in forms:
+    for n, form in enumerate(forms):
         own = sorted((r for r in records if r["tree"] == form), key=lambda r: r["x"])
+        grows, marks = powers(own), _marks(forms, form, colors[form])
+        # Lines on each other show by turns.
+        dashes = (4 * n, (6, max(0, 4 * len(forms) - 6)))
         times = [(record["x"], spread(record, 1e3)) for record in own]
         sizes = [(r["x"], Spread(m, m, m)) for r in own if (m := memory(r))]
-        for axes, points in zip(panels, (times, sizes), strict=False):
+        for axes, part, points, scale in zip(
+            panels, ("time", "memory"), (times, sizes), (1e3, 1), strict=False
+        ):
             medians = [(x, found.median) for x, found in points]
-            label, power = names.get(form, form), fit(medians)
-            if power and not is_share:
-                label += f", exponent {power.exponent:.2f}"
+            label = names.get(form, form)
+            power = grows.get(part)
+            # Two points are on a line whatever they are.
+            if power and power.points > 2:
+                label += f"; line: {power.text}"
                 ends = [x for x, _ in upper(medians)]
-                values = [power(x) for x in ends]
-                axes.plot(ends, values, "--", color=colors[form], linewidth=1)
+                values = [scale * power(x) for x in ends]
+                line = {"linestyle": dashes, "linewidth": 1}
+                axes.plot(ends, values, color=colors[form], **line)
             axes.errorbar(
-                [x for x, _ in points],
-                [found.median for _, found in points],
+                [x for x, _ in medians],
+                [median for _, median in medians],
                 yerr=_bars([found for _, found in points]),
-                fmt="o-" if is_share else "o",
-                markersize=4,
-                color=colors[form],
+                linestyle=dashes if is_share else "none",
                 label=label,
+                **marks,
             )
-    labels = ("milliseconds, median and quartiles", "MiB above what was used, peak")
+    places = sorted({record["x"] for record in records})
+    labels = (f"milliseconds, {RANGE}", "MiB above what was used, peak")
     for axes, label in zip(panels, labels, strict=False):
         axes.set_ylabel(label)
         axes.set_xlabel(AXES[axis][0])
         if is_share:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+            axes.set_xticks(places)
+            axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
         else:
-            _logarithmic(axes.xaxis, sorted({record["x"] for record in records}))
+            _logarithmic(axes.xaxis, places)
             _logarithmic(axes.yaxis)
-        axes.legend(fontsize="small")
+        # Above, where no points are.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")

@@ -18,6 +18,7 @@ from scripts.results import (
     ENGINE_FORMS,
     LAYER_FORMS,
     MODELS,
+    TAIL,
     TOWER_FORMS,
     TOWERS,
     Device,
@@ -26,7 +27,6 @@ from scripts.results import (
     Spread,
     by,
     first_token,
-    fit,
     kept,
     known,
     latest,
@@ -35,6 +35,7 @@ from scripts.results import (
     model,
     number,
     of_bench,
+    powers,
     prose,
     rated,
     sampled,
@@ -46,9 +47,13 @@ from scripts.results import (
 RESULTS = ROOT / "docs" / "benchmarks"
 # What greedy tokens are held against where nothing else is said.
 REFERENCE = "triton"
+# What marks that.
+OLDER = " †"
 # The profiler takes time, too: if kernels and gaps take so many times as long as
 # without it, the gaps are its own.
 PROFILED = 1.2
+# A ratio about one that has no wider range says that there is no difference.
+SURE = 0.1
 # Of a step of the engine.
 PARTS = ("text", "images", "tower", "images and tower")
 # Of a layer's second call, besides the one that is chosen.
@@ -57,12 +62,14 @@ CALLS = ("correction", "split", "one_call")
 
 def commands(device: Device, runs: Sequence[Run]) -> list[str]:
     """Return what a reader types for what follows, and what was other than said."""
-    lines = [*(f"    {run.command}" for run in runs), ""]
-    stamps = list(dict.fromkeys(run.stamp for run in runs))
-    if stamps != [device.newest.stamp]:
-        lines += [f"Measured {'; '.join(stamps)}.", ""]
+    newest = device.newest
+    stamps = ["" if run.stamp == newest.stamp else f"  # {run.stamp}" for run in runs]
+    lines = [
+        *(f"    {run.command}{stamp}" for run, stamp in zip(runs, stamps, strict=True)),
+        "",
+    ]
     machines = dict.fromkeys(run.machine for run in runs)
-    if others := [text for text in machines if text != device.newest.machine]:
+    if others := [text for text in machines if text != newest.machine]:
         lines += [f"Measured on {'; '.join(others)}.", ""]
     return lines
 
@@ -93,7 +100,22 @@ def attention(records: Iterable[Record]) -> list[str]:
     lines = [
         f"* {ENGINE_FORMS.get(tree, tree)}: {text}" for tree, text in found.items()
     ]
-    return ["Attention of the language model:", "", *lines, ""] if lines else []
+    if not lines:
+        return []
+    # The release has such a backend for models with images alone.
+    both = "TRITON_FLASH_ATTN" in "".join(found.values())
+    return [
+        *("Attention of the language model:", "", *lines, ""),
+        *(
+            prose("""
+                TRITON_FLASH_ATTN is FlashAttention for batches of text and Triton for
+                those with images. With images the release and the release on Triton
+                are the same kernels: that their tokens agree says nothing.
+            """)
+            if both
+            else []
+        ),
+    ]
 
 
 def missing(device: Device) -> list[str]:
@@ -119,8 +141,8 @@ def agreement(found: Record | None) -> list[str]:
     if found.get("nats") is not None:
         first += f", {found['nats']:.3f} nats"
     if causal := found.get("causal"):
-        wrong, _ = agreement(causal | {"with": REFERENCE})
-        first += f"; causal images {wrong}"
+        # Its nats would be of the few tokens that such unlike answers share.
+        first += f"; causal images {causal['first']:,} of {causal['requests']:,}"
     if found.get("with", REFERENCE) != REFERENCE:
         first += f" ({found['with']})"
     return [
@@ -149,19 +171,31 @@ def summary(device: Device) -> list[str]:
             rows.setdefault(row[0], row)
     if not rows:
         return []
+    older = any(row[0].endswith(OLDER) for row in rows.values())
     return [
         "## What one gets",
         "",
         *prose("""
             Medians with quartiles; all of it with the commands is below. The tower is
-            not compiled unless it says so, which the release's cannot be. Its images
-            leave rows of padding, as most do, for which the release takes a slower
-            kernel: those of the steps have none, where the tower's time is under *One
+            not compiled unless it says so, which the release's cannot be. Images of the
+            tower's rows are padded, as most are, for which the release takes a slower
+            kernel; those of the steps are not, and the tower's time there is under *One
             step of the engine*. Where the language model has fewer layers than the
-            whole one, the tower weighs more, and so does what it gains.
+            whole one, the tower weighs more, and so does what it gains. A load at a
+            rate is one run, and its ranges are of requests; see *Rising request rates*.
         """),
         *table(["", "release", "patched", "gain"], rows.values()),
+        *(
+            prose(f"{OLDER.strip()} measured with an older form of the series.")
+            if older
+            else []
+        ),
     ]
+
+
+def _mark(device: Device, run: Run) -> str:
+    """What follows a name where it was measured with an older form of the series."""
+    return OLDER if run.head["job"] in device.older else ""
 
 
 def _gain(what: str, unit: str, release: Spread, patched: Spread) -> list[str]:
@@ -178,7 +212,7 @@ def _more(what: str, unit: str, release: float, patched: float) -> list[str]:
 
 def _towers_in_short(device: Device) -> list[list[str]]:
     rows = []
-    for _, (kind,), records in device.groups("tower", "kind"):
+    for run, (kind,), records in device.groups("tower", "kind"):
         batches = split(records, "batch")
         name = next((name for name in plots.SHOWN if (name,) in batches), None)
         forms = by(batches[name,], "tree") if name else {}
@@ -186,24 +220,26 @@ def _towers_in_short(device: Device) -> list[list[str]]:
         for form, more in (("eager", ""), ("compiled", ", compiled")):
             if base is None or form not in forms:
                 continue
-            what = f"tower of {TOWERS.get(kind, kind)}, {name}{more}"
+            what, mark = f"tower of {TOWERS.get(kind, kind)}, {name}{more}", ""
+            mark = _mark(device, run)
             times = (spread(record, 1e3) for record in (base, forms[form]))
-            rows.append(_gain(what, "ms", *times))
+            rows.append(_gain(f"{what}{mark}", "ms", *times))
             sizes = memory(base), memory(forms[form])
             if sizes[0] and sizes[1] is not None:
-                rows.append(_more(f"{what}: memory", "MiB", sizes[0], sizes[1]))
+                rows.append(_more(f"{what}: memory{mark}", "MiB", sizes[0], sizes[1]))
     return rows
 
 
 def _steps_in_short(device: Device) -> list[list[str]]:
     # Of each model and case the most layers it has.
     most: dict[tuple[str, str], tuple[int, list[str]]] = {}
-    for _, (kind, case, part, layers), records in device.groups(
+    for run, (kind, case, part, layers), records in device.groups(
         "step", "kind", "case", "variant", "layers"
     ):
         forms = by(records, "tree") if part == "images and tower" else {}
         if {"release", "patched"} <= forms.keys():
             what = f"step of {model(kind, layers)}, with its tower, {case}"
+            what += _mark(device, run)
             times = (spread(forms[tree]) for tree in ("release", "patched"))
             row = _gain(what, "ms", *times)
             if (kind, case) not in most or layers > most[kind, case][0]:
@@ -213,26 +249,30 @@ def _steps_in_short(device: Device) -> list[list[str]]:
 
 def _serving_in_short(device: Device) -> list[list[str]]:
     rows = []
-    for _, (kind, layers, load), records in device.groups(
+    for run, (kind, layers, load), records in device.groups(
         "serving", "kind", "layers", "workload"
     ):
         trees = by(records, "tree")
         if not load.startswith("chat") or not {"release", "patched"} <= trees.keys():
             continue
-        times = [of_bench(trees[tree])[0] for tree in ("release", "patched")]
-        gain = f"{times[1].median / times[0].median:.2f} times as much"
-        if times[0].like(times[1], "engine"):
-            gain = "no difference"
-        cells = [f"{time} tok/s" for time in times]
-        rows.append([f"{model(kind, layers)}, {load}", *cells, gain])
+        release, patched = (of_bench(trees[tree])[0] for tree in ("release", "patched"))
+        ratio = patched.over(release)
+        gain = f"{ratio} times as much"
+        if release.like(patched, "engine"):
+            sure = ratio.high - ratio.low <= SURE
+            gain = "no difference" if sure else f"not clear: {gain}"
+        cells = [f"{time} tok/s" for time in (release, patched)]
+        what = f"{model(kind, layers)}, {load}{_mark(device, run)}"
+        rows.append([what, *cells, gain])
     return rows
 
 
 def _rates_in_short(device: Device) -> list[list[str]]:
     rows = []
-    for _, (kind, layers, load), records in device.groups(
+    for run, (kind, layers, load), records in device.groups(
         "rates", "kind", "layers", "workload"
     ):
+        mark = _mark(device, run)
         trees = [
             by((r for r in records if r["tree"] == tree), "rate")
             for tree in ("release", "patched")
@@ -242,19 +282,28 @@ def _rates_in_short(device: Device) -> list[list[str]]:
         if None in shared:
             totals = (tree[None]["output_throughput"] for tree in trees)
             count = trees[0][None]["completed"]
-            what_all = f"{what}, {count} at once"
+            what_all = f"{what}, {count} at once{mark}"
             rows.append(_more(what_all, "tok/s of answers", *totals))
+        if all(any(rate is not None for rate in tree) for tree in trees):
+            most = (
+                max(r["output_throughput"] for r in rated(tree.values()))
+                for tree in trees
+            )
+            what_most = f"{what}, most at any rate{mark}"
+            rows.append(_more(what_most, "tok/s of answers", *most))
         best = [kept(tree.values()) for tree in trees]
         if best[0] is not None and best[1] is not None:
             cells = [f"{rate:g} req/s" for rate in best]
             # Each is twice the one before: their ratio says little.
-            rows.append([f"{what}: highest rate kept", *cells, "-"])
+            rows.append([f"{what}: highest rate kept{mark}", *cells, "-"])
         if offered := [rate for rate in shared if rate is not None]:
             # The highest that both can take.
             both = [rate for rate in best if rate is not None and rate in offered]
-            rate = min(both) if len(both) == len(best) else min(offered)
-            waits = (first_token(tree[rate]) for tree in trees)
-            rows.append(_gain(f"{what}: first token at {rate:g} req/s", "ms", *waits))
+            highest = min(both) if len(both) == len(best) else min(offered)
+            for rate in sorted({min(offered), highest}):
+                waits = (first_token(tree[rate]) for tree in trees)
+                name = f"{what}: first token at {rate:g} req/s{mark}"
+                rows.append(_gain(name, "ms", *waits))
     return rows
 
 
@@ -294,12 +343,17 @@ def layer(device: Device) -> list[str]:
         "## One attention layer",
         "",
         *prose("""
-            A prefill's GPU time, all forms by turns in one process: medians, with what
-            lies between the lowest and the highest tenth of the samples. Heads, window
-            and lengths of a case are in `cases` of scripts/bench_mm_prefix.py. Causal
-            attention by the same kernel is what the batch costs without images; it
-            computes half of what an image alone needs. Errors are relative to dense
-            attention in float32, of the rows in images and of the others.
+            The GPU time of a call for a batch of prefills and decodes, all forms by
+            turns in one process: medians, with what lies between the lowest and the
+            highest tenth of the samples. Heads, window and lengths of a case are in
+            `cases` of scripts/bench_mm_prefix.py: G has the heads of the smaller model,
+            D and L smaller ones without a window, as models other than Gemma4 have.
+            Causal attention by the same kernel is what the batch costs without images;
+            it computes half of what an image alone needs, and may be a longer call than
+            the two of a split. Which FlashAttention a model gets is vLLM's choice, as
+            in the release. Errors are relative to dense attention in float32, of the
+            rows in images and of the others. MiB is what a call allocates besides its
+            output.
         """),
         # Whether a wrong mask would be seen.
         *(
@@ -355,6 +409,11 @@ def tower(device: Device) -> list[str]:
             around the kernel that vLLM ships.
         """),
         *prose("""
+            Soft tokens are what all images of a batch have come to, a ninth of their
+            patches. *Compiled* and the table's *compiled* with the backend that it
+            takes are the same twice: what they differ by is chance.
+        """),
+        *prose("""
             Errors are of the features from those of Transformers' tower in float32 with
             the same weights: the root of the mean square over that of the features, and
             the largest. Differences in half precision are of rounding, the release's
@@ -402,12 +461,14 @@ def _batches(records: Sequence[Record]) -> list[str]:
             gain = f"{base['median'] / record['median']:.2f}" if base else "-"
             rows.append(
                 [
-                    *(batch, TOWER_FORMS.get(form, form), backend),
+                    *(batch, f"{record['soft_tokens']:,}"),
+                    *(TOWER_FORMS.get(form, form), backend),
                     *(str(spread(record, 1e3)), gain, size(memory(record))),
                     *(power(record.get(key)) for key in ("error", "max_error")),
                 ]
             )
-    heads = ["batch", "form", "attention", "ms", "times as fast as the release"]
+    heads = ["batch", "soft tokens", "form", "attention", "ms"]
+    heads += ["times as fast as the release"]
     return table([*heads, "MiB", "error", "largest error"], rows)
 
 
@@ -507,18 +568,25 @@ def serving(device: Device) -> list[str]:
                     ratio = found.over(base) if unit == "tok/s" else base.over(found)
                     gain = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
                     gain = "-" if tree == "release" else gain
+                samples = trees[tree].get("samples", {}).get(trees[tree]["unit"], ())
                 rows.append(
                     [
                         *(workload, str(trees[tree].get("prompts", "-"))),
                         *(ENGINE_FORMS.get(tree, tree), f"{found} {unit}"),
-                        *(gain, *agreement(trees[tree].get("agreement"))),
+                        *(str(len(samples) or "-"), gain),
+                        *agreement(trees[tree].get("agreement")),
                     ]
                 )
-        heads = ["workload", "prompts", "tree", "median"]
-        heads += ["times as good as the release"]
-        heads += ["first tokens", "tokens"]
-        about = [*title, *sampled(records), *attention(records)]
-        lines += [*about, *table(heads, rows)]
+        heads = ["workload", "prompts", "tree", "median", "samples"]
+        heads += ["times as good as the release", "first tokens", "tokens"]
+        lines += [*title, *attention(records), *table(heads, rows)]
+        if blank := [
+            workload
+            for (workload,), of_load in split(records, "workload").items()
+            if workload.startswith("chat")
+            if not any(record.get("agreement") for record in of_load)
+        ]:
+            lines += prose(f"Tokens were not compared of {'; '.join(blank)}.")
         waited = {
             f"{r['workload']}, {ENGINE_FORMS.get(r['tree'], r['tree'])}"
             for r in records
@@ -536,14 +604,21 @@ def serving(device: Device) -> list[str]:
         "",
         *prose("""
             vLLM's own benchmarks of throughput, in tokens of prompts and answers a
-            second, and of latency: medians with quartiles, all trees by turns. Prompts
-            of text are the same in every run, for there is no prefix caching; images
-            are new. Dummy weights in so many layers of the real widths: with fewer than
-            the whole model's the tower and the host weigh more. Texts for throughput
-            are of some ninety unlike tokens, and the language model gets noise for a
-            tower's features, which random weights make too much alike. Chats of
-            throughput are read and their images prepared in one process of the host,
-            which is much of their time.
+            second, and of latency: medians with quartiles, all trees by turns. Those of
+            a ratio are from the closest to the farthest of both ranges. Prompts of text
+            are the same in every run, for there is no prefix caching; images are new.
+            Lengths of a chat, sizes of its images and video and the engines' limits are
+            in `workloads` and `Engine` of scripts/bench_engine.py; the engines compile
+            and capture graphs of powers of two. Texts for throughput are of some ninety
+            unlike tokens, and the language model gets noise for a tower's features,
+            which random weights make too much alike. Chats of throughput are read and
+            their images prepared in one process of the host, which is much of their
+            time.
+        """),
+        *prose("""
+            Weights are dummies, in so many layers of the real widths as the GPU holds
+            of all trees at once; with fewer than the whole model's the tower and the
+            host weigh more.
         """),
         *figures(device, "serving"),
         *lines,
@@ -584,18 +659,28 @@ def rates(device: Device) -> list[str]:
         "## Rising request rates",
         "",
         *prose("""
-            A server of each tree, asked by `vllm bench serve`: the same requests at the
-            same times, each rate twice the one before until both are saturated, and at
-            last all at once. What is saturated is not asked for more. Greedy tokens are
-            of requests with images that are sent alone, before. TTFT is the time to the
-            first token, median with quartiles; TPOT that of each one after it, median.
-            A rate is kept by a server that it does not saturate: no request fails, four
-            of five that come early enough are answered while others still come, the
-            median wait for the first token is at most five times the shortest of the
-            server that is slower without load, and with more to do it has answered as
-            many (`saturated` in scripts/bench_rates.py). There is one run of each:
-            quartiles are of its requests, and beyond saturation it is too short to say
-            what a server gives in the long run.
+            A server of each tree, both on one GPU, asked by `vllm bench serve` one
+            after the other: the same requests at the same times, each rate twice the
+            one before until both are saturated, and at last all at once. What is
+            saturated is not asked for more. Greedy tokens are of requests with images
+            that are sent alone, before. TTFT is the time to the first token, median
+            with quartiles; TPOT that of each one after it, median. There is one run of
+            each: quartiles are of its requests, and of few requests there is no
+            percentile.
+        """),
+        *prose("A rate is kept by a server that it does not saturate:"),
+        "* no request fails;",
+        "* four of five that come early enough are answered while others still come;",
+        "* the median wait for the first token is at most five times as long as without"
+        " load, on the slower of the servers;",
+        "* and with more to do the server has answered as many a second (`saturated` in"
+        " scripts/bench_rates.py).",
+        "",
+        *prose("""
+            Beyond that a run is too short to say what a server gives in the long run:
+            while requests come, their prefills go before the answers of others, and of
+            all at once most time is of answers alone. Which of the two gives more
+            depends on the load.
         """),
         *figures(device, "rates"),
         *lines,
@@ -605,13 +690,14 @@ def rates(device: Device) -> list[str]:
 
 def _rate(record: Record) -> list[str]:
     asked = record["completed"] + record["failed"]
+    has_tail = record["completed"] >= TAIL
     return [
         "all at once" if record["rate"] is None else f"{record['rate']:g}",
         ENGINE_FORMS.get(str(record["tree"]), str(record["tree"])),
         *(number(record[f"{what}_throughput"]) for what in ("request", "output")),
         str(first_token(record)),
         *(
-            number(record[f"{what}_ms"])
+            number(record[f"{what}_ms"]) if what[0] != "p" or has_tail else "-"
             for what in ("p99_ttft", "median_tpot", "p99_tpot", "median_e2el")
         ),
         f"{record['failed']:,} of {asked:,}",
@@ -635,12 +721,7 @@ def scaling(device: Device) -> list[str]:
             *commands(device, [run]),
             *sampled(records),
             *_points(records, names),
-            # Many images go in several calls: their peak is that of one of them.
-            *(
-                _powers(records, names, axis == "soft_tokens")
-                if axis != "image_share"
-                else []
-            ),
+            *_powers(records, names),
         ]
     skips = skipped(device.runs("scaling"), TOWER_FORMS | ENGINE_FORMS)
     if not lines:
@@ -651,8 +732,18 @@ def scaling(device: Device) -> list[str]:
         *prose("""
             Time, median with quartiles, and peak memory above what was used, along one
             axis each. The exponent of x is fitted by least squares of the logarithms to
-            the upper half of the points: below it, what a call costs at any size hides
-            how it grows.
+            the upper half of the points, less those that take hardly longer than the
+            shortest: below, what a call costs at any size, such as the host's time for
+            its kernels, hides how it grows. One image alone varies most, for the host
+            is slower than the GPU.
+        """),
+        *prose("""
+            Memory has no exponent where it is of a part: many images go through the
+            tower in several calls, a long prompt through the engine in several steps,
+            whose peak is that of one of them; the KV cache is there before. Steps are
+            of one prompt, whose time is that of all of them; a quarter of a context is
+            of images. Along their share what counts is the time over that of text
+            alone, which stands in a column of its own.
         """),
         *figures(device, "scaling"),
         *lines,
@@ -667,12 +758,17 @@ def _points(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
     alone = {r["tree"]: r["median"] for r in records if is_share and not r["x"]}
     # What not all axes have.
     more: dict[str, Callable[[Record], str]] = {
+        "soft tokens": lambda r: f"{r['soft_tokens']:,}",
         "images": lambda r: f"{r['images']:,}",
         "steps": lambda r: f"{r['steps']:,}",
         "error": lambda r: power(r["error"]),
         "agreement": lambda r: agreement(r["agreement"])[0],
     }
-    there = [key for key in more if any(key in record for record in records)]
+    there = [
+        key
+        for key in more
+        if any(key.replace(" ", "_") in record for record in records)
+    ]
     rows = []
     for (x,), of_x in sorted(split(records, "x").items()):
         trees = by(of_x, "tree")
@@ -683,7 +779,10 @@ def _points(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
             if is_share:
                 base = alone.get(form)
                 row.append(f"{record['median'] / base:.2f}" if base else "-")
-            row += [more[key](record) if key in record else "-" for key in there]
+            row += [
+                more[key](record) if key.replace(" ", "_") in record else "-"
+                for key in there
+            ]
             rows.append(row)
     heads = [AXES[axis][0], "tree", "ms", "MiB"]
     heads += ["times text alone"] if is_share else []
@@ -691,22 +790,17 @@ def _points(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
     return table(heads, rows)
 
 
-def _powers(
-    records: Sequence[Record], names: Mapping[str, str], has_memory: bool
-) -> list[str]:
+def _powers(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
     """How each tree grows along an axis, in words."""
     lines = []
     for form in known(names, records):
-        own = [record for record in records if record["tree"] == form]
-        said = []
-        sizes = [(r["x"], m) for r in own if (m := memory(r)) is not None]
-        for part, points in (
-            ("time", [(r["x"], r["median"]) for r in own]),
-            # Of an engine it is that of a chunk, and its KV cache is there before.
-            ("memory", sizes if has_memory else []),
-        ):
-            if found := fit(points):
-                said.append(f"{part} {found.words} ({found.text})")
+        found = powers(record for record in records if record["tree"] == form)
+        said = [
+            f"{part} {one.words} ({one.text})"
+            if one
+            else f"how {part} grows is not known of so few points"
+            for part, one in found.items()
+        ]
         if said:
             lines.append(f"* {names.get(form, form)}: {', '.join(said)}")
     return [*lines, ""] if lines else []
@@ -722,9 +816,12 @@ def host(device: Device) -> list[str]:
         "## The host",
         "",
         *prose("""
-            Finding ranges, cutting them into segments and building attention metadata,
-            once a step: medians, with what lies between the lowest and the highest
-            tenth of the samples.
+            Once a step: medians, with what lies between the lowest and the highest
+            tenth of the samples. *Find* gives the ranges of images in a batch, *cut*
+            their segments, *fill* the array of ranges that the release's kernels read;
+            *build* is all of a backend's attention metadata, with *cut* or *fill* in
+            it. The release builds it with images on FA4 alone, where FLASH_ATTN is
+            asked for; its default builds two backends', which is not timed.
         """),
         *commands(device, device.runs("host")),
         *sampled(records),

@@ -64,9 +64,13 @@ AXES = {
 }
 # So many samples have quartiles; the range of fewer is that of all of them.
 FEW = 5
+# So many requests have a 99th percentile that is not the largest value by chance.
+TAIL = 50
 # What medians of one form in two processes, or of few samples, may differ by: of layers
 # all forms are in one process.
 ALIKE = {"layer": 1.005, "tower": 1.04, "engine": 1.02}
+# What is so many times the shortest is more than what is always there.
+CLEAR = 1.5
 # Up to here the exponent of a power is called so.
 GROWTH = (
     (-0.1, "falls"),
@@ -400,7 +404,7 @@ def kept(records: Iterable[Record]) -> float | None:
 class Power:
     """y = factor * x ** exponent, of so many points.
 
-    `error` is the standard error of the exponent, None of two points.
+    `error` is the standard error of the exponent, None of three points or fewer.
     """
 
     factor: float
@@ -425,9 +429,14 @@ class Power:
 
 
 def upper(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the upper half of points by x, of those where a power can go through."""
+    """Return the points that tell how y grows: large x, y above what always is.
+
+    Args:
+        points: x and y, without those where no power can go through.
+    """
     found = sorted((x, y) for x, y in points if x > 0 and y > 0)
-    return found[len(found) // 2 :]
+    least = CLEAR * min((y for _, y in found), default=0)
+    return [(x, y) for x, y in found[len(found) // 2 :] if y >= least]
 
 
 def fit(points: Iterable[tuple[float, float]]) -> Power | None:
@@ -444,11 +453,32 @@ def fit(points: Iterable[tuple[float, float]]) -> Power | None:
         return None
     slope, start = statistics.linear_regression(*zip(*logs, strict=True))
     error = None
-    if len(logs) > 2:
+    if len(logs) > 3:
         middle = statistics.fmean(x for x, _ in logs)
         rest = sum((y - start - slope * x) ** 2 for x, y in logs) / (len(logs) - 2)
         error = math.sqrt(rest / sum((x - middle) ** 2 for x, _ in logs))
     return Power(math.exp(start), slope, len(logs), error)
+
+
+def powers(records: Iterable[Record]) -> dict[str, Power | None]:
+    """Return how time and memory grow along an axis, where a power can say it.
+
+    Args:
+        records: of one tree and axis.
+
+    Returns:
+        A power of seconds and one of mebibytes, None of too few points.
+    """
+    parts: dict[str, list[tuple[float, float]]] = {"time": [], "memory": []}
+    for record in records:
+        # A share is no size.
+        if record["axis"] != "image_share":
+            parts["time"].append((record["x"], record["median"]))
+        # Many images go in several calls, and a long context in several steps: their
+        # peak is that of one of them, and an engine's KV cache is there before.
+        if record["axis"] == "soft_tokens" and (mib := memory(record)) is not None:
+            parts["memory"].append((record["x"], mib))
+    return {part: fit(points) for part, points in parts.items() if points}
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -280,8 +280,10 @@ def stage(name: str, release: Release, target: Host | None) -> Tally:
         # Most of their time is of one process that waits for another. The tests of a
         # file stay together, as they share what it sets up.
         cores = len(os.sched_getaffinity(0))
-        flags = ("-n", str(min(cores, 8)), "--dist", "loadfile")
-        flags += ("--max-worker-restart", "0")
+        flags = (
+            *("-n", str(min(cores, 8)), "--dist", "loadfile"),
+            *("--max-worker-restart", "0"),
+        )
         pytest(tally, Path(sys.executable), ROOT, ["tests/tooling"], flags=flags)
         return tally
     assert target is not None
