@@ -188,6 +188,33 @@ def refuse_unready(clone: Clone) -> None:
         )
 
 
+def refuse_taken(clone: Clone, branch: str) -> None:
+    """Refuse to make or move a branch that git has other plans for.
+
+    Raises:
+        Failure: another worktree has it checked out, which would be left with files
+            of another commit, or its name is in the way of one that is there.
+    """
+    path = shlex.quote(show(clone.path))
+    for entry in clone("worktree", "list", "--porcelain").split("\n\n"):
+        head, *lines = entry.split("\n")
+        there = Path(head.removeprefix("worktree "))
+        if f"branch refs/heads/{branch}" not in lines or not there.exists():
+            continue
+        if not there.samefile(clone.path):
+            raise Failure(
+                f"{branch} is checked out in {show(there)}",
+                f"give VLLM={shlex.quote(str(there))}, or leave it there with "
+                f"`git -C {shlex.quote(str(there))} switch --detach`",
+            )
+    above = branch.partition("/")[0]
+    if clone.resolve(f"refs/heads/{above}"):
+        raise Failure(
+            f"git allows no {branch} beside the branch {above}",
+            f"`git -C {path} branch -m {above} {above}-mine`",
+        )
+
+
 def refuse_loose(clone: Clone, goal: str) -> None:
     """Refuse to leave commits that only a detached HEAD has.
 
@@ -261,7 +288,7 @@ def recover(clone: Clone) -> None:
         marker.unlink()
         return
     refuse_under_way(clone)
-    old, new, head = (clone.blobs(commit) for commit in [*text, "HEAD"])
+    old, new, head = (clone.files(commit) for commit in [*text, "HEAD"])
     touched = [n for n in old.keys() | new.keys() if old.get(n) != new.get(n)]
     ours = [n for n in touched if _ours(clone, n, old.get(n), new.get(n))]
     if not clone.dirty():
@@ -289,8 +316,8 @@ def recover(clone: Clone) -> None:
     marker.unlink()
 
 
-def _ours(clone: Clone, name: str, *blobs: str | None) -> bool:
-    """Return whether a file is gone or holds one of some blobs, perhaps cut off."""
+def _ours(clone: Clone, name: str, *entries: str | None) -> bool:
+    """Return whether a file is gone or what one of two commits has, perhaps cut off."""
     path = clone.path / name
     if path.is_symlink():
         data = os.fsencode(path.readlink())
@@ -299,13 +326,8 @@ def _ours(clone: Clone, name: str, *blobs: str | None) -> bool:
     else:
         return not path.exists()
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    return blob in blobs or any(
-        _blob(clone, half).startswith(data) for half in blobs if half
-    )
-
-
-def _blob(clone: Clone, name: str) -> bytes:
-    return clone("cat-file", "blob", name).encode(errors="surrogateescape")
+    blobs = [entry.split()[1] for entry in entries if entry]
+    return blob in blobs or any(git.begins(clone.read(one), data) for one in blobs)
 
 
 def switch(clone: Clone, branch: str, tip: str) -> None:
@@ -505,6 +527,7 @@ def _apply(clone: Clone, base: str, release: Release, go_on: bool) -> None:
             f"write them with `{export_command(clone, release.tag)}`, or",
         )
     goal, kept = now if same else tip, ""
+    refuse_taken(clone, release.branch)
     refuse_loose(clone, goal)
     if now not in ("", base, goal):
         kept = clone.keep(now, replaced_ref(release.tag))

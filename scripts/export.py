@@ -6,7 +6,14 @@ import shutil
 from pathlib import Path
 
 from scripts import console, pins, series
-from scripts.apply import applied_ref, contents, count, open_clone, refuse_unready
+from scripts.apply import (
+    applied_ref,
+    contents,
+    count,
+    open_clone,
+    recover,
+    refuse_unready,
+)
 from scripts.console import BUILD, Failure, say, show
 from scripts.git import Clone
 from scripts.pins import Release
@@ -67,6 +74,7 @@ def export(release: Release) -> None:
 
 
 def _export(clone: Clone, base: str, release: Release) -> None:
+    recover(clone)
     target = release.patches
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():

@@ -47,6 +47,8 @@ UNDER_WAY = {
     "CHERRY_PICK_HEAD": "cherry-pick",
     "REVERT_HEAD": "revert",
     "BISECT_LOG": "bisect",
+    # Of several commits, between two of them.
+    "sequencer": "cherry-pick or revert",
 }
 
 
@@ -96,7 +98,10 @@ class GitError(Exception):
 
 def environment(**extra: str) -> dict[str, str]:
     """Return the environment for git, less what would change what it does."""
-    keep = ("GIT_SSL", "GIT_PROXY", "GIT_TRACE", "GIT_EXEC_PATH", "GIT_CONFIG_GLOBAL")
+    keep = (
+        *("GIT_SSL", "GIT_SSH", "GIT_ASKPASS", "GIT_PROXY", "GIT_TRACE"),
+        *("GIT_EXEC_PATH", "GIT_CONFIG_GLOBAL"),
+    )
     env = {
         name: value
         for name, value in os.environ.items()
@@ -189,10 +194,16 @@ class Clone:
         except GitError:
             return ""
 
-    def blobs(self, commit: str) -> dict[str, str]:
-        """Return the files of a commit, each with the hash of what it holds."""
+    def files(self, commit: str) -> dict[str, str]:
+        """Return the files of a commit, each with its mode and the hash of its blob."""
         rows = self("ls-tree", "-r", "-z", commit).split("\0")
-        return {row.split("\t", 1)[1]: row.split()[2] for row in rows if row}
+        parts = (row.split("\t", 1) for row in rows if row)
+        return {name: f"{said[:6]} {said.split()[2]}" for said, name in parts}
+
+    def read(self, blob: str) -> bytes:
+        """Return what a blob holds."""
+        command = self.command("cat-file", "blob", blob)
+        return _call(command, None, environment(), self.path)
 
     def keep(self, commit: str, ref: str) -> str:
         """Keep a commit under a ref, or under the first like it that has no other.
@@ -227,6 +238,12 @@ class Clone:
         """Return the files that git does not track, ignored ones too."""
         return set(self("ls-files", "--others", "-z").split("\0")) - {""}
 
+    def whole(self) -> None:
+        """Check out all files in a new worktree, of a sparse clone as well."""
+        kind = ("--type=bool", "--default=false")
+        if self("config", *kind, "--get", "core.sparseCheckout") == "true":
+            self("sparse-checkout", "disable")
+
     def under_way(self) -> str:
         """Return what a person has begun and not ended, such as "rebase"."""
         for name, what in UNDER_WAY.items():
@@ -237,6 +254,17 @@ class Clone:
     def objects(self) -> Path:
         """Return the folder of the objects."""
         return (self.path / self("rev-parse", "--git-path", "objects")).resolve()
+
+
+def begins(whole: bytes, found: bytes) -> bool:
+    """Return whether a file is what git was writing, perhaps cut off.
+
+    Args:
+        whole: what it was to hold, as git stores it.
+        found: what it holds, maybe with the line ends of Windows.
+    """
+    plain = found.replace(b"\r\n", b"\n").removesuffix(b"\r")
+    return whole.startswith((found, plain))
 
 
 def borrower(folder: Path, *lenders: Clone) -> Clone:

@@ -31,6 +31,7 @@ from scripts.apply import (
     open_own,
     recover,
     refuse_loose,
+    refuse_taken,
     refuse_unexported,
     refuse_unready,
     replaced_ref,
@@ -319,6 +320,7 @@ def _begin(clone: Clone, release: Release) -> State:
     )
     if Path(state.tree).exists():
         raise Failure(f"{show(BUILD / name)} is in the way", "move it away")
+    refuse_taken(clone, state.branch)
     _forget(state)
     clone("update-ref", _series(clone), commits[-1])
     _save(clone, state)
@@ -473,12 +475,11 @@ class Trial:
             return False
         found = path.read_bytes()
         if name in self.names:
-            return whole.is_file() and whole.read_bytes().startswith(found)
+            return whole.is_file() and git.begins(whole.read_bytes(), found)
         try:
-            text = tree("cat-file", "blob", f"HEAD:{name}")
+            return git.begins(tree.read(f"HEAD:{name}"), found)
         except GitError:
             return False
-        return text.encode(errors="surrogateescape").startswith(found.rstrip(b"\n"))
 
 
 def _keep(clone: Clone, state: State, commit: str) -> str:
@@ -538,7 +539,9 @@ def _tree(clone: Clone, state: State) -> Tree:
     clone("worktree", "add", "-f", "-f", "-q", "--detach", str(path), state.tip)
     state.stopped = []
     _save(clone, state)
-    return Tree(path, own=not console.option("VLLM"))
+    tree = Tree(path, own=not console.option("VLLM"))
+    tree.whole()
+    return tree
 
 
 def _remove(clone: Clone, path: Path) -> None:
@@ -577,6 +580,10 @@ def _pick(clone: Clone, tree: Tree, state: State) -> None:
         files = tree.unmerged()
         if files:
             _stop(clone, tree, state, files, str(error))
+        if tree.picking() and not tree.staged():
+            tree("cherry-pick", "--quit")
+            _record(clone, state, "dropped", state.tip, f"{state.name} has it")
+            return
         if error.files:
             raise Failure(
                 f"{state.next} could not be picked: files that git does not know are "
@@ -589,10 +596,6 @@ def _pick(clone: Clone, tree: Tree, state: State) -> None:
                 f"{state.next} could not be picked in {show(tree.path)} ({line})",
                 "mend that and run this again",
             ) from None
-        if not tree.staged():
-            tree("cherry-pick", "--quit")
-            _record(clone, state, "dropped", state.tip, f"{state.name} has it")
-            return
         # What was mended in other files than these is not in it.
         known = r"(?m)^(?:Staged|Resolved) '(.*)' using previous resolution"
         state.stopped = re.findall(known, str(error)) or ["unknown files"]
@@ -838,7 +841,7 @@ def _undo(clone: Clone, tree: Tree, state: State, commit: str) -> None:
     if not tree.dirty() and not tree.others():
         return
     with tree.trial(commit) as trial:
-        there = tree.blobs("HEAD")
+        there = tree.files("HEAD")
         for name in trial.names - there.keys():
             path = tree.path / name
             if path.exists() and trial.wrote(tree, name):
@@ -871,6 +874,7 @@ def _finish(clone: Clone, state: State) -> None:
         kept = clone.keep(now, replaced_ref(state.name))
     then = console.make(f"export RELEASE={state.name}")
     on_branch = clone.head == head
+    refuse_taken(clone, state.branch)
     try:
         refuse_unready(clone)
         refuse_loose(clone, state.tip)
@@ -915,20 +919,23 @@ def _format(clone: Clone, to: Target) -> str:
 
 
 def _spare(tree: Tree) -> None:
-    """Move what git ignores, and so cannot keep, out of a worktree."""
-    listed = tree("ls-files", "--others", "--ignored", "--exclude-standard", "-z")
+    """Move out of a worktree what git cannot keep: ignored files and repositories."""
+    others = ("ls-files", "--others", "-z")
     names = [
         name
-        for name in filter(None, listed.split("\0"))
-        if "__pycache__" not in name and not (tree.path / name).is_symlink()
+        for name in tree(*others, "--ignored", "--exclude-standard").split("\0")
+        if name and "__pycache__" not in name and not (tree.path / name).is_symlink()
     ]
+    # Of a repository git lists the folder, all else by files.
+    names += [name for name in tree(*others).split("\0") if name.endswith("/")]
+    names = list(dict.fromkeys(names))
     if not names:
         return
     to = console.free(BUILD, f"{tree.path.name}-ignored-{{}}")
     for name in names:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         (tree.path / name).rename(to / name)
-    say(f"{console.some(names)}, which git ignores, is in {show(to)} now")
+    say(f"{console.some(names)}, which git does not keep, is in {show(to)} now")
 
 
 def _end(clone: Clone, state: State) -> None:
@@ -952,6 +959,11 @@ def abort(clone: Clone, state: State) -> None:
     """
     tip = state.tip
     if tree := _open(clone, state):
+        if (what := tree.under_way()) not in ("", "cherry-pick"):
+            raise Failure(
+                f"a {what} is under way in {show(tree.path)}",
+                f"end it, then `{GIVE_UP}`",
+            )
         (tree.dir / "index.lock").unlink(missing_ok=True)
         message = f"What was there when the rebase to {state.name} was given up"
         tip = tree.snapshot(message)

@@ -137,7 +137,8 @@ def _file(clone: Clone, commit: str, name: str) -> str:
 
 def _words(clone: Clone, base: str) -> set[str]:
     """Return every word of a commit's Python files."""
-    blobs = [blob for name, blob in clone.blobs(base).items() if name.endswith(".py")]
+    files = clone.files(base).items()
+    blobs = [entry.split()[1] for name, entry in files if name.endswith(".py")]
     said = clone("cat-file", "--batch", data="\n".join(blobs).encode())
     return set(re.findall(r"\w+", said))
 
@@ -463,8 +464,10 @@ def _leave(
             *(str(work.tree), start),
         )
         clone("update-ref", "-d", start)
+        tree = Clone(work.tree)
+        tree.whole()
         with contextlib.suppress(GitError):
-            Clone(work.tree)(
+            tree(
                 *("cherry-pick", *rest),
                 GIT_COMMITTER_NAME=who[0],
                 GIT_COMMITTER_EMAIL=who[1],

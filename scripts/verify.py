@@ -99,7 +99,7 @@ class State:
     """
 
     def __init__(self, clone: Clone, commit: str) -> None:
-        self.blobs = clone.blobs(commit)
+        self.blobs = clone.files(commit)
         self.tree = clone("rev-parse", commit + "^{tree}")
         names = sorted(self.blobs)
         rest = [n for n in names if not n.endswith(".py") and not ASIDE.match(n)]
@@ -670,7 +670,7 @@ def steps(clone: Clone, base: str, files: list[Path], folder: Path) -> list[Step
         work = folder / str(number)
         work.mkdir()
         stripped = series.graft(clone, before, after, "tests/", work)
-        there = clone.blobs(after)
+        there = clone.files(after)
         own = [name for name in runner.touched([path]) if name in there]
         earlier = [name for name in touched if name in there and name not in own]
         touched |= dict.fromkeys(own)

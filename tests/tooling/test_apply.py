@@ -140,6 +140,20 @@ def test_uncommitted_changes_are_kept(filled: Toy) -> None:
     assert (filled.own / "vllm/a.py").read_text() == "mine\n"
 
 
+def test_under_way_between_two_commits(filled: Toy) -> None:
+    """Then git has no commit that it picks."""
+    filled.git("switch", "-q", "--detach", TAG)
+    filled.change("vllm/a.py", "a10 = 10\n", "a10 = 'X'\n", "in the way")
+    with pytest.raises(AssertionError):
+        filled.git("cherry-pick", f"{TAG}..{BRANCH}")
+    filled.git("checkout", "-q", "--theirs", "vllm/a.py")
+    filled.git("commit", "-qam", "mended")
+    mine = filled.head()
+    line = filled.fails("apply")
+    assert "a cherry-pick or revert is under way in build/vllm: end it with" in line
+    assert filled.head() == mine
+
+
 @pytest.mark.parametrize("what", ["rebase", "am", "merge", "cherry-pick", "bisect"])
 def test_under_way(filled: Toy, what: str) -> None:
     filled.git("switch", "-q", "--detach", TAG)
@@ -417,6 +431,32 @@ def test_clone_is_a_worktree(filled: Toy, clone: Path) -> None:
     filled.git("worktree", "add", "-q", "--detach", str(linked), at=clone)
     filled.run("apply", VLLM=str(linked))
     assert filled.git("branch", "--show-current", at=linked) == BRANCH
+
+
+def test_branch_of_another_worktree(filled: Toy, clone: Path) -> None:
+    """Its files would be those of another commit than its branch."""
+    linked = clone.with_name("linked ünd")
+    filled.git("worktree", "add", "-q", "--detach", str(linked), at=clone)
+    filled.run("apply", VLLM=str(linked))
+    tip = filled.head(linked)
+    last = sorted(filled.patches.glob("*.patch"))[-1]
+    last.write_text(last.read_text().replace("+x = 1", "+x = 2"))
+    line = filled.fails("apply", VLLM=str(clone))
+    assert f"{BRANCH} is checked out in {linked}: give VLLM=" in line
+    assert filled.head(linked) == tip and status(filled, linked) == ""
+    # Where the folder is gone nothing can be.
+    linked.rename(clone.with_name("away"))
+    filled.run("apply", VLLM=str(clone))
+
+
+def test_branch_named_as_the_folder_of_ours(filled: Toy, clone: Path) -> None:
+    before = filled.head(clone)
+    filled.git("branch", "gemma4", at=clone)
+    line = filled.fails("apply", VLLM=str(clone))
+    assert f"git allows no {BRANCH} beside the branch gemma4: `git -C" in line
+    assert (filled.head(clone), status(filled, clone)) == (before, "")
+    filled.git("branch", "-m", "gemma4", "gemma4-mine", at=clone)
+    filled.run("apply", VLLM=str(clone))
 
 
 def test_shallow_clone(filled: Toy, clone: Path) -> None:
@@ -703,6 +743,35 @@ def test_a_switch_that_fails_half_way(
         assert "which puts its files back" in line
     assert filled.git("branch", "--list", BRANCH) == ""
     assert ("putting them back" in filled.run("apply").stderr) != back
+    assert status(filled) == ""
+
+
+def test_modes_are_put_back(filled: Toy, tmp_path: Path) -> None:
+    at = on_release(filled)
+    (at / "data.txt").chmod(0o755)
+    filled.git("commit", "-qam", "mine")
+    filled.git("switch", "-q", "-c", "mine")
+    path = instead(
+        tmp_path,
+        "--no-overwrite-ignore",
+        f'cd "{at}"; chmod 644 data.txt; {FULL}',
+    )
+    assert "could not switch" in filled.fails("apply", PATH=path)
+    assert (status(filled), filled.git("branch", "--show-current")) == ("", "mine")
+    assert not (at / ".git/gemma4-switch").exists()
+
+
+@pytest.mark.parametrize("verb", ["apply", "export"])
+def test_kill_with_line_ends_of_windows(filled: Toy, tmp_path: Path, verb: str) -> None:
+    at = on_release(filled)
+    filled.git("config", "core.autocrlf", "true")
+    filled.git("rm", "-q", "--cached", "-r", ".")
+    filled.git("reset", "-q", "--hard")
+    assert b"\r\n" in (at / "vllm/a.py").read_bytes()
+    killed(filled, tmp_path, at)
+    (at / "vllm/b.py").write_bytes(b"b0 = 0\r\nb1 = 1\r")
+    done = filled.run(verb, ok=verb == "apply")
+    assert "putting them back" in done.stderr
     assert status(filled) == ""
 
 

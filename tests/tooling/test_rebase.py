@@ -316,6 +316,28 @@ def test_person_begins_something_else(filled: Toy) -> None:
     assert "no line from" in filled.fails("rebase", CONTINUE="1")
 
 
+@pytest.mark.parametrize("how", [{"ABORT": "1"}, {"CONTINUE": "1"}])
+def test_person_rebases_in_the_worktree(filled: Toy, how: dict[str, Any]) -> None:
+    """Their other commits are in nothing but that rebase."""
+    upstream(filled, **CONFLICT)
+    filled.fails("rebase", TO=NEW)
+    mend(filled)
+    filled.git("-c", "core.editor=true", "cherry-pick", "--continue", at=tree(filled))
+    for n in (1, 2):
+        (tree(filled) / "vllm/b.py").write_text(f"mine = {n}\n")
+        filled.git("commit", "-qam", f"mine {n}", at=tree(filled))
+    mine = filled.head(tree(filled))
+    edit = "sequence.editor=sed -i 's/^pick/edit/'"
+    filled.git("-c", edit, "rebase", "-i", "HEAD~2", at=tree(filled))
+    assert filled.head(tree(filled)) != mine
+    line = filled.fails("rebase", **how)
+    assert f"a rebase is under way in build/rebase-{NEW}: end it, then" in line
+    filled.git("rebase", "--abort", at=tree(filled))
+    filled.run("rebase", ABORT="1")
+    kept = f"refs/gemma4/aborted/{NEW}"
+    assert filled.git("rev-parse", kept) == mine
+
+
 def test_worktree_removed_by_hand(filled: Toy) -> None:
     upstream(filled, **CONFLICT)
     filled.fails("rebase", TO=NEW)
@@ -800,12 +822,16 @@ def test_what_git_ignores_is_kept(filled: Toy) -> None:
     for number, env in enumerate(ends, 1):
         filled.fails("rebase", TO=NEW)
         (tree(filled) / "vllm/mine.so").write_text("mine\n")
+        filled.repository(tree(filled) / "other", {"c.py": "mine\n"}, "theirs")
         (tree(filled) / "vllm/linked.so").symlink_to("/nowhere")
         (tree(filled) / "vllm/__pycache__").mkdir()
         (tree(filled) / "vllm/__pycache__/a.pyc").write_text("")
         said = filled.run("rebase", **env).stderr
         to = f"build/rebase-{NEW}-ignored-{number}"
-        assert f"vllm/mine.so, which git ignores, is in {to} now\n" in said
+        some = "vllm/mine.so and 1 more, which git does not keep, is in"
+        assert f"{some} {to} now\n" in said
+        assert filled.git("show", "HEAD:c.py", at=filled.root / to / "other") == "mine"
+        shutil.rmtree(filled.root / to / "other")
         kept = [path for path in (filled.root / to).rglob("*") if path.is_file()]
         assert kept == [filled.root / to / "vllm/mine.so"]
     whole(filled)
@@ -852,6 +878,30 @@ def test_clone(filled: Toy, theirs: Path) -> None:
     assert not (theirs / ".git/rr-cache").exists()
     filled.run("export", VLLM=str(theirs), RELEASE=NEW)
     assert len(list((filled.root / "patches" / NEW).iterdir())) == 3
+
+
+def test_sparse_clone(filled: Toy, theirs: Path) -> None:
+    filled.git("sparse-checkout", "set", "tests", at=theirs)
+    assert not (theirs / "vllm").exists()
+    filled.fails("rebase", TO=NEW, VLLM=str(theirs))
+    made = next((filled.root / "build").glob(f"rebase-{NEW}-*"))
+    made.rename(tree(filled))
+    mend(filled)
+    tree(filled).rename(made)
+    filled.run("rebase", CONTINUE="1", VLLM=str(theirs))
+    assert filled.git("sparse-checkout", "list", at=theirs) == "tests"
+    text = filled.git("show", f"{NEW_BRANCH}:vllm/a.py", at=theirs)
+    assert "a10 = 'both'\n" in text and not (theirs / "vllm").exists()
+
+
+def test_new_branch_of_another_worktree(filled: Toy, theirs: Path) -> None:
+    where: dict[str, Any] = {"VLLM": str(theirs)}
+    linked = theirs.with_name("linked")
+    filled.git("worktree", "add", "-qb", NEW_BRANCH, str(linked), NEW, at=theirs)
+    line = filled.fails("rebase", TO=NEW, **where)
+    assert f"{NEW_BRANCH} is checked out in {linked}" in line
+    filled.git("switch", "-q", "--detach", at=linked)
+    go_through(filled, theirs)
 
 
 def export_and_again(toy: Toy, at: Path) -> None:
