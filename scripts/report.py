@@ -401,7 +401,9 @@ def tower(device: Device) -> list[str]:
             tokens of each at most; the shape of an image decides how many patches it
             has. Most leave rows of padding, which the release masks; those of a batch
             called *full* and of the video leave none. *Patched* is what vLLM does if it
-            is told nothing, *compiled* has `compile_mm_encoder`, *captured*
+            is told nothing, but for FlashAttention's version: a whole Gemma4 on Hopper
+            takes for its tower the one of its language model, which is that of
+            *compiled, FA4*. *Compiled* has `compile_mm_encoder`, *captured*
             `cudagraph_mm_encoder` with it; a named attention backend is that of the
             compiled tower. FP8 is linear layers in compressed-tensors' format with a
             scale a channel and a token. Transformers is that library's own tower on
