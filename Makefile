@@ -31,9 +31,9 @@ help: ## list the targets
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:
-	@command -v $(PYTHON3) >/dev/null || { echo 'error: no $(PYTHON3): install Python 3.11 or newer' >&2; exit 1; }
+	@command -v "$(PYTHON3)" >/dev/null || { echo 'error: no $(PYTHON3): install Python 3.11 or newer' >&2; exit 1; }
 	@command -v git >/dev/null || { echo 'error: no git: install it' >&2; exit 1; }
-	@$(PYTHON3) scripts/bootstrap.py
+	@"$(PYTHON3)" scripts/bootstrap.py
 
 apply: tools ## make a vLLM checkout in build/vllm with one commit a patch
 	@$(RUN).apply
@@ -58,7 +58,7 @@ bench-cpu: tools ## measure what needs no GPU
 	@$(RUN).bench cpu
 
 report: tools ## write docs/benchmarks.md from what was measured, or of RESULTS=
-	@$(PYTHON3) scripts/bootstrap.py report
+	@"$(PYTHON3)" scripts/bootstrap.py report
 	@build/report/bin/python -m scripts.report
 
 verify: tools ## check each patch with only those before it, and its tests without it

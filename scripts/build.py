@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from scripts import console, fetch, pins
-from scripts.apply import apply, open_clone
+from scripts.apply import apply, open_clone, recover
 from scripts.console import BUILD, ROOT, Failure, say, show
 from scripts.git import Clone, GitError
 from scripts.pins import Release
@@ -456,6 +456,9 @@ def build(release: Release) -> Host:
         Failure: it cannot be made, or does not import the checkout.
     """
     clone, base = open_clone(release)
+    # A killed apply may have switched half of the files.
+    with console.lock(clone.common / "gemma4"):
+        recover(clone)
     branch = clone.resolve("refs/heads/" + release.branch)
     if not branch or not clone.contains("HEAD", base):
         # Not there yet, or the checkout is at another release.

@@ -179,7 +179,9 @@ def run(main: Callable[..., None]) -> None:
         _end(INTERRUPTED, 130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _end(f"error: no space left for {error.filename or 'files'}: free some", 1)
+            what = error.filename or "files"
+            line = f"no space left for {what}: free some and run this again"
+            _end(f"error: {line}", 1)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             name = error.filename2 or error.filename
             _end(f"error: {name} cannot be read or written: check its owner", 1)
@@ -233,6 +235,13 @@ def enabled(name: str) -> bool:
             f"give {name}=1, or leave it out",
         )
     return said in ("1", "yes", "true")
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    # macOS cannot say.
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def some(names: list[str]) -> str:

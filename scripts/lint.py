@@ -36,7 +36,8 @@ SECTIONS = ("Purpose:", "Test Plan:", "Test Result:")
 STATUS = re.compile(
     r"Pending( \[.+\])?|(Submitted|Backport|Denied|Inappropriate) \[.+\]"
 )
-ASIDE = re.compile(r"(tests|docs|examples|benchmarks|\.buildkite)/|.*\.md$")
+# What is in no wheel, and what reviewers do not count.
+UNSHIPPED = re.compile(r"(tests|docs|examples|benchmarks|\.buildkite)/|.*\.md$")
 # What stands for a pre-commit `types` name: the hooks that run here use no other.
 TYPES = {"python": ".py", "pyi": ".pyi", "rust": ".rs", "proto": ".proto"}
 
@@ -109,7 +110,7 @@ def parse(text: str) -> Patch:
                 old, new = int(hunk[1] or 1), int(hunk[3] or 1)
                 line = int(hunk[2])
             continue
-        aside = ASIDE.match(name)
+        aside = UNSHIPPED.match(name)
         if row.startswith("+"):
             patch.added.append((name, line, row[1:]))
             patch.lines += not aside
@@ -366,6 +367,28 @@ class Lint:
         for line in (*benchmarks(report.RESULTS), *measured(ROOT)):
             self.report(line)
 
+    def wheels(self) -> None:
+        """Check that pins.toml has each series by the number that its wheel gets."""
+        from scripts import wheel  # which needs this module itself
+
+        say("lint: the numbers of the wheels in pins.toml")
+        with console.lock():
+            for release in map(pins.load, pins.tags()):
+                if not any(release.patches.glob("*.patch")):
+                    continue
+                try:
+                    changes = wheel.payload(release)
+                except Failure as failure:
+                    # Such as a clone that has not this release.
+                    tag = release.tag
+                    say(f"warning: the number of {tag} is not checked ({failure})")
+                    continue
+                content = wheel.digest(changes, wheel.titles(release))
+                try:
+                    wheel.number(release, content, bump=False)
+                except Failure as failure:
+                    self.report(f"pins.toml: {failure}")
+
     def series(self, release: Release) -> None:
         """Check the patches."""
         try:
@@ -495,7 +518,9 @@ def upstream(tree: Path, files: list[str]) -> Iterator[str]:
             ["ruff", "check", "--quiet", "--output-format=concise", *python], tree
         )
         yield from _call(["ruff", "format", "--check", "--quiet", *python], tree)
-    yield from _call(["typos", "--force-exclude", "--format=brief", *files], tree)
+    if files:
+        # Without any it would take them all.
+        yield from _call(["typos", "--force-exclude", "--format=brief", *files], tree)
     excluded = re.compile(config.get("exclude", "^$"))
     hooks: list[dict[str, Any]] = [
         hook
@@ -552,6 +577,7 @@ def main() -> None:
     lint = Lint()
     if stage in ("all", "own"):
         lint.own()
+        lint.wheels()
     if stage in ("all", "patches"):
         lint.series(release)
     if lint.count:

@@ -156,9 +156,16 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
                 str(diff),
                 data=mail,
             ).decode()
+            # What it does to files may be in any encoding.
+            said = message.read_bytes().decode()
         except GitError as error:
             raise Failure(
                 f"{show(path)} is no patch ({_line(str(error))})", "see `make export`"
+            ) from None
+        except UnicodeDecodeError:
+            raise Failure(
+                f"{show(path)} is not UTF-8",
+                "save it as such, or get it again with `git checkout`",
             ) from None
         fields = dict(re.findall(r"(?m)^(\w+): (.*)$", info))
         if missing := {"Author", "Email", "Subject", "Date"} - fields.keys():
@@ -181,20 +188,27 @@ def derive(clone: Clone, base: str, files: list[Path], folder: Path) -> list[str
                 raise
             why = _hunk(str(error), diff.read_bytes().decode(errors="replace"))
             raise Conflict(path, why, commits, files[at:]) from None
-        text = fields["Subject"].encode() + b"\n\n" + message.read_bytes()
-        commit = git(
-            "commit-tree",
-            # A partial clone has only what is asked for.
-            git("write-tree", "--missing-ok").decode().strip(),
-            *("-p", commits[-1] if commits else base),
-            data=git("stripspace", data=text),
-            GIT_AUTHOR_NAME=fields["Author"],
-            GIT_AUTHOR_EMAIL=fields["Email"],
-            GIT_AUTHOR_DATE=fields["Date"],
-            GIT_COMMITTER_NAME=NAME,
-            GIT_COMMITTER_EMAIL=EMAIL,
-            GIT_COMMITTER_DATE=fields["Date"],
-        )
+        text = git("stripspace", data=f"{fields['Subject']}\n\n{said}".encode())
+        # A partial clone has only what is asked for.
+        tree = git("write-tree", "--missing-ok").decode().strip()
+        try:
+            commit = git(
+                *("commit-tree", tree, "-p", commits[-1] if commits else base),
+                data=text,
+                GIT_AUTHOR_NAME=fields["Author"],
+                GIT_AUTHOR_EMAIL=fields["Email"],
+                GIT_AUTHOR_DATE=fields["Date"],
+                GIT_COMMITTER_NAME=NAME,
+                GIT_COMMITTER_EMAIL=EMAIL,
+                GIT_COMMITTER_DATE=fields["Date"],
+            )
+        except GitError as error:
+            if error.denied:
+                raise
+            raise Failure(
+                f"{show(path)} makes no commit ({_line(str(error))})",
+                "mend its From: or Date:, as `git format-patch` would write them",
+            ) from None
         commits.append(commit.decode().strip())
     return commits
 

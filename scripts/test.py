@@ -49,6 +49,8 @@ IMAGES = ("stop_sign.jpg", "cherry_blossom.jpg")
 # its configuration and its processor, which is Gemma4's, are asked for.
 REDIRECT = "google/gemma-4-E2B-it"
 DIFFUSION = "google/diffusiongemma-26B-A4B-it"
+# What all these stand-ins depend on, but for the script of the checkpoint.
+STAND_INS = (DRAW, *IMAGES, REDIRECT, DIFFUSION)
 
 
 @dataclass
@@ -88,7 +90,7 @@ def outcomes(report: Path) -> Iterator[tuple[str, str, str]]:
             yield name, "passed", ""
 
 
-def count(report: Path, tally: Tally) -> None:
+def add_report(report: Path, tally: Tally) -> None:
     """Add a junit report to a tally.
 
     Args:
@@ -181,7 +183,7 @@ def pytest(
             raise
     tally.seconds += time.monotonic() - start
     if report.exists():
-        count(report, tally)
+        add_report(report, tally)
     # 5: nothing collected, which ARGS="-k ..." makes of most files.
     if status not in (0, 5):
         sys.stderr.write(log.read_text(errors="replace"))
@@ -211,9 +213,10 @@ def checkpoint(target: Host) -> dict[str, str]:
     """
     path = BUILD / "tiny" / "e2b-280"
     source = (ROOT / "scripts" / "tiny_gemma4.py").read_text()
+    made_of = "\n".join((source, *STAND_INS))
     stamp = path.with_name(path.name + ".py")
     redirect = path.with_name("redirect.json")
-    if not stamp.exists() or stamp.read_text() != source + DRAW + DIFFUSION:
+    if not stamp.exists() or stamp.read_text() != made_of:
         console.remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         console.logged(
@@ -238,7 +241,7 @@ def checkpoint(target: Host) -> dict[str, str]:
             )
         names = {REDIRECT: str(path), DIFFUSION: str(_diffusion(path))}
         redirect.write_text(json.dumps(names))
-        stamp.write_text(source + DRAW + DIFFUSION)
+        stamp.write_text(made_of)
     return {
         "VLLM_MODEL_REDIRECT_PATH": str(redirect),
         "VLLM_ASSETS_CACHE": str(path.parent),
@@ -279,9 +282,8 @@ def stage(name: str, release: Release, target: Host | None) -> Tally:
     if name == "tooling":
         # Most of their time is of one process that waits for another. The tests of a
         # file stay together, as they share what it sets up.
-        cores = len(os.sched_getaffinity(0))
         flags = (
-            *("-n", str(min(cores, 8)), "--dist", "loadfile"),
+            *("-n", str(min(console.cores(), 8)), "--dist", "loadfile"),
             *("--max-worker-restart", "0"),
         )
         pytest(tally, Path(sys.executable), ROOT, ["tests/tooling"], flags=flags)

@@ -40,7 +40,7 @@ LIMIT = 1200
 # Results kept of one check: a series that is worked on makes new ones all the time.
 KEEP = 40
 # Files that no test reads.
-ASIDE = re.compile(r"(docs|\.github|\.buildkite)/|.*\.md$")
+UNREAD = re.compile(r"(docs|\.github|\.buildkite)/|.*\.md$")
 # vLLM's own tag for a patch that changes nothing that a test could see.
 NEUTRAL = "[Refactor]"
 
@@ -99,11 +99,11 @@ class State:
     """
 
     def __init__(self, clone: Clone, commit: str) -> None:
-        self.blobs = clone.files(commit)
+        self.files = clone.files(commit)
         self.tree = clone("rev-parse", commit + "^{tree}")
-        names = sorted(self.blobs)
-        rest = [n for n in names if not n.endswith(".py") and not ASIDE.match(n)]
-        self.rest = _hash(*((name, self.blobs[name]) for name in rest))
+        names = sorted(self.files)
+        rest = [n for n in names if not n.endswith(".py") and not UNREAD.match(n)]
+        self.rest = _hash(*((name, self.files[name]) for name in rest))
 
     def seen(self, names: Iterable[str]) -> str:
         """Return a hash of what a check saw of this tree.
@@ -120,7 +120,7 @@ class State:
             stem = name.replace(".", "/")
             module = [stem + ".py", stem + "/__init__.py"]
             files = [name] if name.endswith(".py") else module
-            parts += [self.blobs.get(file, "") for file in files]
+            parts += [self.files.get(file, "") for file in files]
         return _hash(self.rest, *parts)
 
 
@@ -409,7 +409,7 @@ class Verifier:
     def _lint(self, check: Check, slot: Slot) -> Result:
         step = check.step
         tree = slot.put(step.after)
-        there = self.state(step.after).blobs
+        there = self.state(step.after).files
         files = [name for name in dict.fromkeys(step.patch.files) if name in there]
         log = self.logs / f"{step.name}-lint.log"
         result = Result(step.tree, ["*"], step.tree, log=str(log))
@@ -424,11 +424,11 @@ class Verifier:
 
     def _import(self, check: Check, slot: Slot) -> Result:
         step = check.step
-        blobs = self.state(step.after).blobs
+        files = self.state(step.after).files
         modules = [
             _module(name)
             for name in dict.fromkeys(step.patch.files)
-            if name.startswith("vllm/") and name.endswith(".py") and name in blobs
+            if name.startswith("vllm/") and name.endswith(".py") and name in files
         ]
         modules = list(dict.fromkeys([*modules, *self._importers(step.after, modules)]))
         result, bad = self._modules(slot, step.after, modules, f"{step.name}-import")
@@ -440,7 +440,7 @@ class Verifier:
             before, old = self._modules(slot, step.before, modules, stem)
             result.seconds += before.seconds
             result.why = result.why or (before.why and f"before it, {before.why}")
-            there = self.state(step.before).blobs
+            there = self.state(step.before).files
             for name in bad:
                 path = name.replace(".", "/")
                 was = {f"{path}.py", f"{path}/__init__.py"} & there.keys()
@@ -545,8 +545,9 @@ class Verifier:
         for file, result in after.items():
             sources = []
             for commit in (step.before, step.after):
-                blob = self.state(commit).blobs.get(file)
-                sources.append(self.clone("cat-file", "blob", blob) if blob else "")
+                there = file in self.state(commit).files
+                name = f"{commit}:{file}"
+                sources.append(self.clone("cat-file", "blob", name) if there else "")
             for test in changed_tests(*sources):
                 # Of all parameters, and of all classes that have one of that name.
                 ends = (f"::{test}", _whole(file))
@@ -619,9 +620,9 @@ def keys(target: Host, release: Release) -> dict[str, str]:
         *((ROOT / name).read_text() for name in HOOKS),
         sys.version,
     )
-    tiny = (ROOT / "scripts" / "tiny_gemma4.py").read_text() + runner.DRAW
+    tiny = (ROOT / "scripts" / "tiny_gemma4.py").read_text()
     how = runner.command(Path("python"), Path("report"), [])
-    test = _hash(run, tiny, runner.IMAGES, runner.REDIRECT, how)
+    test = _hash(run, tiny, runner.STAND_INS, how)
     own = next((Path(path) for path in sys.path if path.endswith("-packages")), ROOT)
     return {
         "lint": _hash(_packages(own), (ROOT / "scripts" / "lint.py").read_text()),
@@ -998,7 +999,7 @@ def main() -> None:
                 return
             target = environment(release, clone)
             more = runner.checkpoint(target)
-        cores = os.cpu_count() or 1
+        cores = console.cores()
         # A device has memory for one engine, and tests use two cores well.
         jobs = jobs or (1 if target.kind == "cuda" else max(1, cores // 2))
         if jobs > 1:

@@ -28,7 +28,7 @@ from scripts.apply import open_clone
 from scripts.build import device
 from scripts.console import BUILD, ROOT, Failure, say, show
 from scripts.git import Scratch
-from scripts.lint import ASIDE, load
+from scripts.lint import UNSHIPPED, load
 from scripts.pins import File, Release
 
 OUT = BUILD / "wheels"
@@ -68,7 +68,7 @@ def payload(release: Release) -> list[Change]:
         changes = []
         for row, name in zip(fields[::2], fields[1::2], strict=True):
             if not name.startswith("vllm/"):
-                if ASIDE.match(name):
+                if UNSHIPPED.match(name):
                     continue
                 raise Failure(
                     f"the series changes {name}, which only a build can put in a wheel",
@@ -165,12 +165,15 @@ def number(release: Release, content: str, bump: bool) -> int:
     if release.series == content:
         return release.number
     if not bump:
+        words = "wheel BUMP=1"
+        if release.tag != pins.load().tag or console.option("RELEASE"):
+            words += f" RELEASE={release.tag}"
         raise Failure(
             f"+gemma4.{release.number} is another series than {show(release.patches)} "
             "now"
             if release.number
             else f"the series of {release.tag} has no number yet",
-            f"`{console.make('wheel BUMP=1')}` writes the next number to pins.toml",
+            f"`{console.make(words)}` writes the next number to pins.toml",
         )
     path = ROOT / "pins.toml"
     text = tomlkit.parse(path.read_text(encoding="utf-8"))
@@ -230,7 +233,10 @@ class Made:
         made[VERSION_FILE] = self._version()
         metadata = self.read("METADATA")
         if f"\nVersion: {self.was}\n".encode() not in metadata.split(b"\n\n")[0]:
-            raise Failure(f"{self.name}: METADATA has no Version {self.was}", "see it")
+            raise Failure(
+                f"METADATA of {self.official.filename} has no `Version: {self.was}`",
+                "see which it has, and teach scripts/wheel.py its form",
+            )
         metadata = _field(metadata, "Version", self.version)
         made[self.info + "METADATA"] = metadata
         # pip check asks whether these tags suit the machine.

