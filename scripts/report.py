@@ -220,7 +220,7 @@ def _towers_in_short(device: Device) -> list[list[str]]:
         for form, more in (("eager", ""), ("compiled", ", compiled")):
             if base is None or form not in forms:
                 continue
-            what, mark = f"tower of {TOWERS.get(kind, kind)}, {name}{more}", ""
+            what = f"tower of {TOWERS.get(kind, kind)}, {name}{more}"
             mark = _mark(device, run)
             times = (spread(record, 1e3) for record in (base, forms[form]))
             rows.append(_gain(f"{what}{mark}", "ms", *times))
