@@ -518,7 +518,8 @@ def given(toy: Toy, tmp_path: Path, verb: str) -> dict[str, Any]:
     if verb == "install":
         (tmp_path / "RECORD").touch()
         python = tmp_path / "python"
-        found = json.dumps([["vllm", "1.0.0", str(tmp_path), str(tmp_path), False]])
+        vllm = ["vllm", "1.0.0", str(tmp_path), str(tmp_path), False]
+        found = json.dumps([False, [vllm]])
         python.write_text(f"#!/bin/sh\necho '{found}'\n")
         python.chmod(0o755)
         return {"PYTHON": str(python)}
