@@ -721,15 +721,26 @@ def _lines(stat: str) -> str:
     return f"{added} lines added, {gone} removed"
 
 
+def _refuse_begun(tree: Tree, then: str) -> None:
+    """Refuse a worktree in which a person has begun more than the pick.
+
+    Args:
+        tree: the worktree.
+        then: what to run when they have ended it.
+    """
+    if (what := tree.under_way()) not in ("", "cherry-pick"):
+        raise Failure(
+            f"a {what} is under way in {show(tree.path)}", f"end it, then `{then}`"
+        )
+
+
 def _settle(clone: Clone, tree: Tree, state: State) -> None:
     """Take over what a person, or a run that was killed, left in the worktree."""
     where = show(tree.path)
     if not state.stopped:
         (tree.dir / "index.lock").unlink(missing_ok=True)
         (tree.dir / "HEAD.lock").unlink(missing_ok=True)
-    what = tree.under_way()
-    if what not in ("", "cherry-pick"):
-        raise Failure(f"a {what} is under way in {where}", f"end it, then `{GO_ON}`")
+    _refuse_begun(tree, GO_ON)
     commit = state.commits[len(state.done)]
     if tree.picking():
         _finish_pick(clone, tree, state, commit)
@@ -959,11 +970,7 @@ def abort(clone: Clone, state: State) -> None:
     """
     tip = state.tip
     if tree := _open(clone, state):
-        if (what := tree.under_way()) not in ("", "cherry-pick"):
-            raise Failure(
-                f"a {what} is under way in {show(tree.path)}",
-                f"end it, then `{GIVE_UP}`",
-            )
+        _refuse_begun(tree, GIVE_UP)
         (tree.dir / "index.lock").unlink(missing_ok=True)
         message = f"What was there when the rebase to {state.name} was given up"
         tip = tree.snapshot(message)
