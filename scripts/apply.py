@@ -428,13 +428,12 @@ def export_command(clone: Clone, tag: str) -> str:
         clone: where the branch is.
         tag: which release.
     """
-    plain = tag == pins.load().tag and not console.option("RELEASE")
-    words = "export" if plain else f"export RELEASE={tag}"
+    words = pins.command("export", tag)
     branch = pins.load(tag).branch
     if clone.head == f"refs/heads/{branch}":
-        return console.make(words)
+        return words
     where = shlex.quote(show(clone.path))
-    return f"git -C {where} switch {branch} && {console.make(words)}"
+    return f"git -C {where} switch {branch} && {words}"
 
 
 def unexported(clone: Clone, branch: str, base: str, recorded: str) -> bool:

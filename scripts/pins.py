@@ -8,6 +8,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from scripts import console
 from scripts.console import ROOT, Failure
 
 
@@ -68,6 +69,18 @@ class Release:
 
 def _read() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pins.toml").read_text(encoding="utf-8"))
+
+
+def command(words: str, tag: str) -> str:
+    """Return a make command for a release, which names it where it must.
+
+    Args:
+        words: what comes after make.
+        tag: which release.
+    """
+    if tag != load().tag or console.option("RELEASE"):
+        words += f" RELEASE={tag}"
+    return console.make(words)
 
 
 def tags() -> list[str]:

@@ -165,15 +165,13 @@ def number(release: Release, content: str, bump: bool) -> int:
     if release.series == content:
         return release.number
     if not bump:
-        words = "wheel BUMP=1"
-        if release.tag != pins.load().tag or console.option("RELEASE"):
-            words += f" RELEASE={release.tag}"
         raise Failure(
             f"+gemma4.{release.number} is another series than {show(release.patches)} "
             "now"
             if release.number
             else f"the series of {release.tag} has no number yet",
-            f"`{console.make(words)}` writes the next number to pins.toml",
+            f"`{pins.command('wheel BUMP=1', release.tag)}` writes the next number to "
+            "pins.toml",
         )
     path = ROOT / "pins.toml"
     text = tomlkit.parse(path.read_text(encoding="utf-8"))
