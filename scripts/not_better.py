@@ -32,6 +32,7 @@ from scripts.results import (
 TOWER_PAIRS = (
     *((form, "unpatched") for form in ("eager", "compiled", "captured", "fp8")),
     *((form, peer) for form in ("eager", "compiled") for peer in PEERS),
+    *((form, other) for form in BACKENDS for other in ("unpatched", *PEERS)),
     ("compiled", "eager"),
     *((form, "compiled") for form in ("captured", "fp8", "tp2", "data2")),
     *(("compiled", backend) for backend in BACKENDS),
@@ -122,6 +123,9 @@ def compare(
             if value is None or least is None or value <= margin * least:
                 continue
             if get is memory and value - least < LEAST_MIB:
+                continue
+            # A backend's is that of the compiled tower.
+            if get is memory and ours in BACKENDS:
                 continue
             how = (
                 f"{value / least:.2f}x"

@@ -15,6 +15,7 @@ from scripts.results import (
     AXES,
     BACKENDS,
     ENGINE_FORMS,
+    LAYER_FORMS,
     TAIL,
     TOWER_FORMS,
     TOWERS,
@@ -40,6 +41,11 @@ PAPER, INK = "#f6f6f6", "#222222"
 # One color a form in all plots, the release's grey.
 COLORS = {
     "unpatched": "#666666",
+    "Triton ranges": "#666666",
+    "FA4 mask_mod": "#9c755f",
+    "FA2 chosen": "#59a14f",
+    "FA3 chosen": "#4e79a7",
+    "FA4 chosen": "#e15759",
     "release": "#666666",
     "hf-sdpa": "#9c755f",
     "hf-flash": "#b6992d",
@@ -97,6 +103,9 @@ def figures(device: Device) -> list[Figure]:
         level = names[0].split()[0]
         found.append(Figure(level, file, f"{title}, {device.name}", size, draw))
 
+    if layer := _layer_forms(device.records("layer")):
+        size = (9, 1.6 + 0.5 * len(split(layer, "case")))
+        add(["layer"], "One attention layer", size, partial(_layer, layer))
     for run, (kind,), records in device.groups("tower", "kind"):
         job = run.head["job"]
         towers = f"Vision tower of {TOWERS.get(kind, kind)}{run.title}"
@@ -228,6 +237,46 @@ def _short(value: float) -> str:
     """Return a number, of contexts in units of 1,024."""
     thousands, rest = divmod(value, 1024)
     return f"{value:g}" if rest or not value else f"{thousands:g}K"
+
+
+def _layer_forms(records: Sequence[Record]) -> list[Record]:
+    """Return what a layer takes by itself, and the same of causal attention."""
+    calls = ("chosen", "mask_mod", "ranges", "floor")
+    return [r for r in records if r["variant"].partition(" ")[2] in calls]
+
+
+def _layer(records: Sequence[Record], figure: Any) -> None:
+    axes = figure.subplots()
+    cases = split(records, "case")
+    names = [name for (name,) in cases]
+    there = {record["variant"] for record in records}
+    forms = [form for form in LAYER_FORMS if form in there]
+    colors = _colors(LAYER_FORMS, forms)
+    for form in forms:
+        of_form = by((r for r in records if r["variant"] == form), "case")
+        found = [spread(record) for record in of_form.values()]
+        axes.errorbar(
+            [one.median for one in found],
+            [_places(forms, form, names.index(name)) for name in of_form],
+            xerr=_bars(found),
+            fmt="o",
+            markersize=4,
+            color=colors[form],
+            label=LAYER_FORMS[form].replace("`", ""),
+        )
+    floors = [
+        (min(times), row)
+        for row, found in enumerate(cases.values())
+        if (times := [r["median"] for r in found if r["variant"].endswith(" floor")])
+    ]
+    if floors:
+        style = {"markersize": 22, "color": INK, "label": "causal, the fastest"}
+        axes.plot(*zip(*floors, strict=True), "|", **style)
+    _logarithmic(axes.xaxis)
+    axes.set_xlabel("microseconds: median, and from the lowest to the highest tenth")
+    axes.set_ylabel("batch")
+    _rows(axes, names)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
 
 
 def _tower(records: Sequence[Record], forms: Sequence[str], figure: Any) -> None:

@@ -21,6 +21,7 @@ from scripts.results import (
     TAIL,
     TOWER_FORMS,
     TOWERS,
+    UNIFIED,
     Device,
     Record,
     Run,
@@ -68,9 +69,13 @@ def commands(device: Device, runs: Sequence[Run]) -> list[str]:
         *(f"    {run.command}{stamp}" for run, stamp in zip(runs, stamps, strict=True)),
         "",
     ]
-    machines = dict.fromkeys(run.machine for run in runs)
-    if others := [text for text in machines if text != newest.machine]:
-        lines += [f"Measured on {'; '.join(others)}.", ""]
+    machines: dict[str, list[str]] = {}
+    for run in runs:
+        machines.setdefault(run.machine, []).append(run.head["job"])
+    for machine, jobs in machines.items():
+        if machine != newest.machine:
+            which = "Measured on " if len(machines) == 1 else f"Of {', '.join(jobs)}: "
+            lines += [f"{which}{machine}.", ""]
     return lines
 
 
@@ -171,31 +176,35 @@ def summary(device: Device) -> list[str]:
             rows.setdefault(row[0], row)
     if not rows:
         return []
-    older = any(row[0].endswith(OLDER) for row in rows.values())
     return [
         "## What one gets",
         "",
         *prose("""
             Medians with quartiles; all of it with the commands is below. The tower is
-            not compiled unless it says so, which the release's cannot be. Images of the
-            tower's rows are padded, as most are, for which the release takes a slower
-            kernel; those of the steps are not, and the tower's time there is under *One
-            step of the engine*. Where the language model has fewer layers than the
+            not compiled unless it says so, which the release's cannot be, and has the
+            FlashAttention that a tower alone gets; the one of a whole Gemma4 on Hopper
+            is *compiled, FA4* of *The vision tower*. Images of the tower's rows are
+            padded, as most are, for which the release takes a slower kernel; those of
+            the steps are not, and the tower's time there is under *One step of the
+            engine*. Where the language model has fewer layers than the
             whole one, the tower weighs more, and so does what it gains. A load at a
             rate is one run, and its ranges are of requests; see *Rising request rates*.
         """),
         *table(["", "release", "patched", "gain"], rows.values()),
-        *(
-            prose(f"{OLDER.strip()} measured with an older form of the series.")
-            if older
-            else []
-        ),
+        *_legend(rows.values()),
     ]
 
 
 def _mark(device: Device, run: Run) -> str:
     """What follows a name where it was measured with an older form of the series."""
     return OLDER if run.head["job"] in device.older else ""
+
+
+def _legend(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return what that says, if rows have it."""
+    if not any(row[0].endswith(OLDER) for row in rows):
+        return []
+    return prose(f"{OLDER.strip()} measured with an older form of the series.")
 
 
 def _gain(what: str, unit: str, release: Spread, patched: Spread) -> list[str]:
@@ -311,8 +320,8 @@ def layer(device: Device) -> list[str]:
     """One attention layer."""
     rows: list[list[str]] = []
     calls: list[list[str]] = []
-    for (name,), records in split(device.records("layer"), "case").items():
-        variants = by(records, "variant")
+    for run, (case,), records in device.groups("layer", "case"):
+        name, variants = f"{case}{_mark(device, run)}", by(records, "variant")
         for variant, record in variants.items():
             kernel, _, form = variant.partition(" ")
             if form not in ("chosen", "mask_mod", "ranges"):
@@ -331,7 +340,15 @@ def layer(device: Device) -> list[str]:
             if form == "chosen" and any(forced):
                 cells = ["-" if one is None else str(spread(one)) for one in forced]
                 taken = str(record.get("form", "-")).replace("_", " ")
-                calls.append([name, kernel, taken, *cells])
+                errors = [
+                    one[part]
+                    for one in forced
+                    if one
+                    for part in ("ranges", "rest")
+                    if part in one
+                ]
+                worst = power(max(errors, default=None))
+                calls.append([name, kernel, taken, *cells, worst])
     if not rows:
         return []
     wrong = [
@@ -364,6 +381,7 @@ def layer(device: Device) -> list[str]:
             if wrong
             else []
         ),
+        *figures(device, "layer"),
         *commands(device, device.runs("layer")),
         *sampled(device.records("layer")),
         *table(
@@ -377,14 +395,16 @@ def layer(device: Device) -> list[str]:
     if calls:
         heads = ["case", "attention", "takes"]
         heads += [f"{call.replace('_', ' ')}, us" for call in CALLS]
+        heads.append("largest error")
         lines += [
             *prose("""
                 Each form of the second call when it is forced, and the one that the
-                host's estimate takes:
+                host's estimate takes; [mm_prefix.md](mm_prefix.md#the-forms) says what
+                they do. *One call* is of FA4 on Hopper, for layers with a window:
             """),
             *table(heads, calls),
         ]
-    return lines
+    return [*lines, *_legend(rows)]
 
 
 def tower(device: Device) -> list[str]:
@@ -543,7 +563,8 @@ def step(device: Device) -> list[str]:
             FA3 for the heads that it has. The engines run eager, without compilation
             and graphs. Behind the tokens, nats are the largest difference of log
             probabilities from those on Triton, of the tokens that both have among their
-            likeliest: answers that differ much have few in common, or none.
+            likeliest: answers that differ much have few in common, or none, so those of
+            causal images have no nats.
             *Causal images* says what both are where images attend as text does, which
             is wrong. Rounding tells most where experts are chosen, which are as good as
             tied with random weights: see how the release's own text differs from that
@@ -607,15 +628,15 @@ def serving(device: Device) -> list[str]:
         *prose("""
             vLLM's own benchmarks of throughput, in tokens of prompts and answers a
             second, and of latency: medians with quartiles, all trees by turns. Those of
-            a ratio are from the closest to the farthest of both ranges. Prompts of text
-            are the same in every run, for there is no prefix caching; images are new.
-            Lengths of a chat, sizes of its images and video and the engines' limits are
-            in `workloads` and `Engine` of scripts/bench_engine.py; the engines compile
-            and capture graphs of powers of two. Texts for throughput are of some ninety
-            unlike tokens, and the language model gets noise for a tower's features,
-            which random weights make too much alike. Chats of throughput are read and
-            their images prepared in one process of the host, which is much of their
-            time.
+            a ratio are the least and the most that values of both ranges give. Prompts
+            of text are the same in every run, for there is no prefix caching; images
+            are new. Lengths of a chat, sizes of its images and video and the engines'
+            limits are in `workloads` and `Engine` of scripts/bench_engine.py; the
+            engines compile and capture graphs of powers of two. Texts for throughput
+            are made of few different tokens, and the language model gets noise for a
+            tower's features, which random weights make too much alike. Chats of
+            throughput are read and their images prepared in one process of the host,
+            which is much of their time.
         """),
         *prose("""
             Weights are dummies, in so many layers of the real widths as the GPU holds
@@ -665,10 +686,10 @@ def rates(device: Device) -> list[str]:
             after the other: the same requests at the same times, each rate twice the
             one before until both are saturated, and at last all at once. What is
             saturated is not asked for more. Greedy tokens are of requests with images
-            that are sent alone, before. TTFT is the time to the first token, median
-            with quartiles; TPOT that of each one after it, median. There is one run of
-            each: quartiles are of its requests, and of few requests there is no
-            percentile.
+            that are sent alone, before, whatever the rate. TTFT is the time to the
+            first token, median with quartiles; TPOT that of each one after it, median.
+            There is one run of each: quartiles are of its requests, and of few requests
+            there is no percentile.
         """),
         *prose("A rate is kept by a server that it does not saturate:"),
         "* no request fails;",
@@ -681,8 +702,8 @@ def rates(device: Device) -> list[str]:
         *prose("""
             Beyond that a run is too short to say what a server gives in the long run:
             while requests come, their prefills go before the answers of others, and of
-            all at once most time is of answers alone. Which of the two gives more
-            depends on the load.
+            all at once most time is of answers alone. Either may give more, by the time
+            that prefills and answers take.
         """),
         *figures(device, "rates"),
         *lines,
@@ -723,7 +744,7 @@ def scaling(device: Device) -> list[str]:
             *commands(device, [run]),
             *sampled(records),
             *_points(records, names),
-            *_powers(records, names),
+            *(_shares if axis == "image_share" else _powers)(records, names),
         ]
     skips = skipped(device.runs("scaling"), TOWER_FORMS | ENGINE_FORMS)
     if not lines:
@@ -737,14 +758,16 @@ def scaling(device: Device) -> list[str]:
             the upper half of the points, less those that take hardly longer than the
             shortest: below, what a call costs at any size, such as the host's time for
             its kernels, hides how it grows. One image alone varies most, for the host
-            is slower than the GPU.
+            is slower than the GPU: the one that a batch of images begins with and the
+            one of as many soft tokens are the same, measured twice.
         """),
         *prose("""
-            Memory has no exponent where it is of a part: many images go through the
-            tower in several calls, a long prompt through the engine in several steps,
-            whose peak is that of one of them; the KV cache is there before. Steps are
-            of one prompt, whose time is that of all of them; a quarter of a context is
-            of images. Along their share what counts is the time over that of text
+            Many images go through the tower in several calls, whose peak is that of one
+            of them: beyond one call memory grows by inputs and features alone. A long
+            prompt goes through the engine in several steps: the exponent of memory is
+            of prompts of one step, and the KV cache is there before. Steps are of one
+            prompt, whose time is that of all of them; a quarter of a context is of
+            images. Along their share what counts is the time over that of text
             alone, which stands in a column of its own.
         """),
         *figures(device, "scaling"),
@@ -808,6 +831,24 @@ def _powers(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+def _shares(records: Sequence[Record], names: Mapping[str, str]) -> list[str]:
+    """What images cost each tree over text alone, in words."""
+    lines = []
+    for form in known(names, records):
+        own = by((record for record in records if record["tree"] == form), "x")
+        text = own.pop(0, None)
+        if text is None or not own:
+            continue
+        over = [record["median"] / text["median"] for record in own.values()]
+        said = f"take {min(over):.2f} to {max(over):.2f} times as long as text alone"
+        sizes = [mib for record in own.values() if (mib := memory(record))]
+        if sizes and (base := memory(text)):
+            said += f", and at most {max(sizes) / base:.2f} times as much memory"
+        label = names.get(form, form)
+        lines.append(f"* {label}: {min(own):.0%} to {max(own):.0%} of images {said}")
+    return [*lines, ""] if lines else []
+
+
 def host(device: Device) -> list[str]:
     """The host's part of a step."""
     records = device.records("host")
@@ -850,14 +891,15 @@ def write(devices: Sequence[Device]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        *prose("""
+        *prose(f"""
             The release as it is and with the series, on the same inputs and weights; in
             engines on the same weights of the language model only, for the towers'
-            parameters have other names. `make bench` measures, `make report` wrote this
-            from what it kept; see [Measuring](maintaining.md#measuring). Commits are
-            of this project: `git diff COMMIT -- patches/` shows what has changed in the
-            series since. In the place of quartiles, fewer than five samples have the
-            lowest and the highest.
+            parameters have other names. Those of E2B and E4B attend to images as to
+            text, those of the others within images in both directions; {UNIFIED} has no
+            tower. `make bench` measures, `make report` wrote this from what it kept;
+            see [Measuring](maintaining.md#measuring). Commits are of this project: `git
+            diff COMMIT -- patches/` shows what has changed in the series since. In the
+            place of quartiles, fewer than five samples have the lowest and the highest.
         """),
         *prose("""
             Greedy tokens are held against those of the release on Triton: how many

@@ -52,6 +52,8 @@ LAYER_FORMS = {
     }.items()
 }
 MODELS = {"e2b": "E2B", "e4b": "E4B", "12b": "12B", "26b": "26B-A4B", "31b": "31B"}
+# The one that has no tower.
+UNIFIED = MODELS["12b"]
 # How many layers the whole language models have.
 LAYERS = {"e2b": 35, "e4b": 42, "12b": 48, "26b": 30, "31b": 60}
 TOWERS = {"26b": "26B-A4B and 31B", "e2b": "E2B and E4B"}
@@ -474,9 +476,10 @@ def powers(records: Iterable[Record]) -> dict[str, Power | None]:
         # A share is no size.
         if record["axis"] != "image_share":
             parts["time"].append((record["x"], record["median"]))
-        # Many images go in several calls, and a long context in several steps: their
-        # peak is that of one of them, and an engine's KV cache is there before.
-        if record["axis"] == "soft_tokens" and (mib := memory(record)) is not None:
+        # The peak of several steps is that of one of them.
+        if record["axis"] == "image_share" or record.get("steps", 1) > 1:
+            continue
+        if (mib := memory(record)) is not None:
             parts["memory"].append((record["x"], mib))
     return {part: fit(points) for part, points in parts.items() if points}
 
