@@ -863,7 +863,7 @@ def legends_of(found: dict[str, list[Record]]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("axis", "count", "drawn"),
-    [("soft_tokens", 8, 2), ("soft_tokens", 3, 0), ("images", 8, 1), ("context", 8, 1)],
+    [("soft_tokens", 8, 2), ("soft_tokens", 3, 0), ("images", 8, 2), ("context", 8, 2)],
 )
 def test_no_power_of_few_points_is_drawn(axis: str, count: int, drawn: int) -> None:
     legends = legends_of({"scaling": scaling(axis, "eager", LINES[:count])})
