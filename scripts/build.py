@@ -501,6 +501,12 @@ def _verify(target: Host, clone: Clone) -> None:
         )
     if lines[1] != target.kind:
         say(f"note: vLLM takes this machine for {lines[1]}, not {target.kind}")
+    # PyTorch does not quote the path of its libraries for the linker.
+    if " " in str(target.python):
+        say(
+            f"note: {target.python.parent.parent} has a space in it, with which "
+            "torch.compile fails: move the project, or run engines with enforce_eager"
+        )
 
 
 def main(

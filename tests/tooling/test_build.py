@@ -5,10 +5,13 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import TAG, TREE, Toy, release, sdist
+
+from scripts import build
 
 PLATFORMS = "class current_platform:\n    device_type = 'cpu'\n"
 MORE = {
@@ -281,3 +284,21 @@ def test_environment_without_torch(toy: Toy, tmp_path: Path) -> None:
     (site / "torch").mkdir()
     (site / "torch/nn.py").write_text("")
     toy.run("build", PYTHON=str(theirs))
+
+
+@pytest.mark.parametrize("name", ["project", "a project"])
+def test_a_space_in_the_path_is_said(
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch's Inductor cannot link there."""
+    clone = SimpleNamespace(path=tmp_path / "vllm")
+    python = tmp_path / name / "env" / "bin" / "python"
+    answer = SimpleNamespace(returncode=0, stdout=f"{clone.path}/vllm.py\ncpu\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
+    build._verify(build.Host(python, "cpu", tmp_path / "wheel", []), clone)  # type: ignore[arg-type]
+    printed = " ".join("".join(capsys.readouterr()).split())
+    said = "has a space in it, with which torch.compile fails"
+    assert (said in printed) == (" " in name)
