@@ -208,6 +208,25 @@ def _rows(axes: Any, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
+def _marked(
+    axes: Any,
+    forms: Sequence[str],
+    form: str,
+    found: Mapping[int, Spread],
+    color: str,
+    width: float = 0.8,
+) -> Any:
+    """Draw a form's medians and ranges by row; return what its legend shows."""
+    return axes.errorbar(
+        [one.median for one in found.values()],
+        [_places(forms, form, row, width) for row in found],
+        xerr=_bars([*found.values()]),
+        fmt="o",
+        markersize=4,
+        color=color,
+    )
+
+
 def _legend(
     figure: Any, drawn: Mapping[str, Any], place: str = "outside lower center"
 ) -> None:
@@ -254,16 +273,9 @@ def _layer(records: Sequence[Record], figure: Any) -> None:
     colors = _colors(LAYER_FORMS, forms)
     for form in forms:
         of_form = by((r for r in records if r["variant"] == form), "case")
-        found = [spread(record) for record in of_form.values()]
-        axes.errorbar(
-            [one.median for one in found],
-            [_places(forms, form, names.index(name)) for name in of_form],
-            xerr=_bars(found),
-            fmt="o",
-            markersize=4,
-            color=colors[form],
-            label=LAYER_FORMS[form].replace("`", ""),
-        )
+        found = {names.index(name): spread(one) for name, one in of_form.items()}
+        marks = _marked(axes, forms, form, found, colors[form])
+        marks.set_label(LAYER_FORMS[form].replace("`", ""))
     floors = [
         (min(times), row)
         for row, found in enumerate(cases.values())
@@ -284,16 +296,9 @@ def _tower(records: Sequence[Record], forms: Sequence[str], figure: Any) -> None
     batches = [name for (name,) in split(records, "batch")]
     for form in forms:
         of_form = by((r for r in records if r["tree"] == form), "batch")
-        found = [spread(record, 1e3) for record in of_form.values()]
-        axes.errorbar(
-            [one.median for one in found],
-            [_places(forms, form, batches.index(name)) for name in of_form],
-            xerr=_bars(found),
-            fmt="o",
-            markersize=4,
-            color=colors[form],
-            label=TOWER_FORMS.get(form, form),
-        )
+        found = {batches.index(b): spread(one, 1e3) for b, one in of_form.items()}
+        marks = _marked(axes, forms, form, found, colors[form])
+        marks.set_label(TOWER_FORMS.get(form, form))
     _logarithmic(axes.xaxis)
     axes.set_xlabel(f"milliseconds, {RANGE}")
     axes.set_ylabel("batch")
@@ -412,15 +417,9 @@ def _serving(models: Ratios, figure: Any) -> None:
         forms = known(ENGINE_FORMS, there)
         colors = _colors(ENGINE_FORMS, forms)
         for form in forms:
-            found = [(loads.index(n), of[form]) for n, of in rows.items() if form in of]
-            drawn[ENGINE_FORMS.get(form, form)] = axes.errorbar(
-                [ratio.median for _, ratio in found],
-                [_places(forms, form, row, 0.6) for row, _ in found],
-                xerr=_bars([ratio for _, ratio in found]),
-                fmt="o",
-                markersize=4,
-                color=colors[form],
-            )
+            found = {loads.index(n): of[form] for n, of in rows.items() if form in of}
+            marks = _marked(axes, forms, form, found, colors[form], 0.6)
+            drawn[ENGINE_FORMS.get(form, form)] = marks
         axes.axvline(1, color=COLORS["release"], linewidth=1)
         axes.tick_params(labelbottom=True)
         axes.set_title(name, fontsize="medium")

@@ -474,12 +474,11 @@ def powers(records: Iterable[Record]) -> dict[str, Power | None]:
     parts: dict[str, list[tuple[float, float]]] = {"time": [], "memory": []}
     for record in records:
         # A share is no size.
-        if record["axis"] != "image_share":
-            parts["time"].append((record["x"], record["median"]))
-        # The peak of several steps is that of one of them.
-        if record["axis"] == "image_share" or record.get("steps", 1) > 1:
+        if record["axis"] == "image_share":
             continue
-        if (mib := memory(record)) is not None:
+        parts["time"].append((record["x"], record["median"]))
+        # The peak of several steps is that of one of them.
+        if record.get("steps", 1) == 1 and (mib := memory(record)) is not None:
             parts["memory"].append((record["x"], mib))
     return {part: fit(points) for part, points in parts.items() if points}
 
