@@ -27,7 +27,7 @@ help: ## list the targets
 	@echo '               CONTINUE=1 DROP=1 goes on without the patch that conflicts'
 	@echo 'MACHINE=name   wheel: for x86_64 or aarch64; BUMP=1 gives a changed series a number'
 	@echo 'ONTO=ref       upstream: another branch than main; WITH="0004" what else it needs'
-	@echo 'LEVEL=name     bench: only these (layer, host, tower, scaling, step, serving, rates); RESULTS=path adds to it'
+	@echo 'LEVEL=name     bench: only these (layer, host, tower, scaling, step, serving, agreement, rates); RESULTS=path adds to it'
 	@echo 'STAGE=name     test: one of tooling, vllm, cpu, gpu; ARGS="-k name" goes to pytest'
 
 tools:

@@ -92,6 +92,10 @@ JOBS = {
             *("serving e2b", 12, "bench_engine", "serving", "--kind", "e2b"),
             *("--layers", "35"),
         ),
+        _job(
+            *("agreement e2b", 7, "bench_agreement", "--kind", "e2b"),
+            *("--layers", "35"),
+        ),
         _job("rates 26b", 7, "bench_rates", "--kind", "26b"),
         _job("rates 31b", 8, "bench_rates", "--kind", "31b"),
     ),
