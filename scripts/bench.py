@@ -59,6 +59,8 @@ _GPU_TOWER = (
     "hf-sdpa,hf-flash,eager,compiled,captured,fp8,sdpa,triton,fa2,fa3,fa4,flashinfer",
 )
 _FOUR = ("--forms", "release,triton,patched,fa3")
+# The host prepares images, whose time varies: chats need more turns than texts do.
+_TURNS = ("--seconds", "60")
 _HOST = _job("host", 1, "bench_mm_prefix", "builder")
 JOBS = {
     "cuda": (
@@ -78,19 +80,25 @@ JOBS = {
             *("step 26b whole", 2.5, "bench_engine", "step", "--kind", "26b"),
             *("--layers", "30", "--forms", "release,patched"),
         ),
-        _job("serving 26b", 13, "bench_engine", "serving", "--kind", "26b", *_FOUR),
-        _job("serving 31b", 13, "bench_engine", "serving", "--kind", "31b", *_FOUR),
         _job(
-            *("serving 12b", 22, "bench_engine", "serving", "--kind", "12b"),
-            *("--layers", "48"),
+            *("serving 26b", 21, "bench_engine", "serving", "--kind", "26b"),
+            *(*_FOUR, *_TURNS),
         ),
         _job(
-            *("serving e4b", 13, "bench_engine", "serving", "--kind", "e4b"),
-            *("--layers", "42"),
+            *("serving 31b", 21, "bench_engine", "serving", "--kind", "31b"),
+            *(*_FOUR, *_TURNS),
         ),
         _job(
-            *("serving e2b", 12, "bench_engine", "serving", "--kind", "e2b"),
-            *("--layers", "35"),
+            *("serving 12b", 24, "bench_engine", "serving", "--kind", "12b"),
+            *("--layers", "48", *_TURNS),
+        ),
+        _job(
+            *("serving e4b", 19, "bench_engine", "serving", "--kind", "e4b"),
+            *("--layers", "42", *_TURNS),
+        ),
+        _job(
+            *("serving e2b", 18, "bench_engine", "serving", "--kind", "e2b"),
+            *("--layers", "35", *_TURNS),
         ),
         _job(
             *("agreement e2b", 7, "bench_agreement", "--kind", "e2b"),

@@ -16,6 +16,7 @@ from scripts.pull_request import pull_request
 from scripts.results import (
     AXES,
     ENGINE_FORMS,
+    ENGINES,
     LAYER_FORMS,
     MODELS,
     TAIL,
@@ -638,6 +639,14 @@ def serving(device: Device) -> list[str]:
             throughput are read and their images prepared in one process of the host,
             which is much of their time.
         """),
+        *(
+            prose("""
+                Tokens of two engines may differ by what each has compiled: see *Engines
+                of one tree*.
+            """)
+            if device.runs("agreement")
+            else []
+        ),
         *prose("""
             Weights are dummies, in so many layers of the real widths as the GPU holds
             of all trees at once; with fewer than the whole model's the tower and the
@@ -647,6 +656,58 @@ def serving(device: Device) -> list[str]:
         *lines,
         *skipped(device.runs("serving"), ENGINE_FORMS),
     ]
+
+
+def alike(device: Device) -> list[str]:
+    """What engines of one tree and of both have in common."""
+    lines: list[str] = []
+    for title, records in of_models(device, "agreement"):
+        lines += title
+        for (workload,), of_load in split(records, "workload").items():
+            pairs = {(r["engine"], r["with"]): r for r in of_load}
+            names = list(dict.fromkeys(name for pair in pairs for name in pair))
+            rows = [
+                [
+                    ENGINES.get(one, one),
+                    *(
+                        _pair(pairs.get((one, to)) or pairs.get((to, one)))
+                        for to in names
+                    ),
+                ]
+                for one in names
+            ]
+            heads = ["engine", *(ENGINES.get(name, name) for name in names)]
+            lines += [f"{workload}:", "", *table(heads, rows)]
+        eager = [
+            r
+            for r in records
+            if {r["engine"], r["with"]} == {"release-eager", "patched-eager"}
+        ]
+        if eager:
+            same = all(r["equal"] == r["tokens"] for r in eager)
+            what = "the same tokens, all of them" if same else "unlike tokens"
+            lines += prose(f"Where nothing is compiled, the trees give {what}.")
+    if not lines:
+        return []
+    return [
+        "## Engines of one tree",
+        "",
+        *prose("""
+            What vLLM compiles depends on what was fastest when an engine started, and
+            with it how sums are rounded. So two engines of one tree need not give the
+            same greedy tokens, and that two trees do not says nothing of them. Each
+            cell is of two engines, or of two runs of one: how many requests begin with
+            the same token, and how many tokens are the same before the first that is
+            not. Prompts and engines are as in *Serving*; those that are eager compile
+            nothing and capture no graphs.
+        """),
+        *lines,
+    ]
+
+
+def _pair(found: Record | None) -> str:
+    """What two engines have in common, in a cell; the heads say with which."""
+    return ", ".join(agreement({**found, "with": REFERENCE})) if found else "-"
 
 
 def rates(device: Device) -> list[str]:
@@ -878,6 +939,7 @@ SECTIONS: tuple[Callable[[Device], list[str]], ...] = (
     tower,
     step,
     serving,
+    alike,
     rates,
     scaling,
     pull_request,

@@ -38,6 +38,12 @@ ENGINE_FORMS = {
     "patched": "patched",
     "fa3": "patched, FA3 and FA4",
 }
+# Of those whose answers are compared with one another's.
+ENGINES = {
+    f"{tree}{name}": f"{tree}{label}"
+    for name, label in {"": "", "-again": ", another", "-eager": ", eager"}.items()
+    for tree in ("release", "patched")
+}
 LAYER_FORMS = {
     "FA4 mask_mod": "FA4 with `mask_mod` (release)",
     "Triton ranges": "Triton (release)",

@@ -80,6 +80,15 @@ def serving(workload: str, bench: str, **medians: float) -> list[Record]:
     ]
 
 
+def alike(engine: str, other: str, *counts: int) -> Record:
+    names = ("requests", "first", "tokens", "equal")
+    return {
+        **{"kind": "e2b", "layers": 35, "workload": "256 in, 256 out"},
+        **{"engine": engine, "with": other},
+        **dict(zip(names, counts, strict=True)),
+    }
+
+
 OF_RATES = {"first": 7, "requests": 8, "equal": 400, "tokens": 512, "with": "release"}
 
 
@@ -142,6 +151,12 @@ def jobs() -> dict[str, list[Record]]:
             *serving(
                 "first token of 4,096", "latency", release=0.2, triton=0.2, patched=0.1
             ),
+        ],
+        "agreement e2b": [
+            alike("release", "release", 64, 64, 1024, 1000),
+            alike("release", "release-again", 64, 60, 1024, 300),
+            alike("release", "patched-eager", 64, 40, 1024, 101),
+            alike("release-eager", "patched-eager", 64, 64, 1024, 1024),
         ],
         "rates 26b": [
             rate("release", 1.0, 40.0),
@@ -233,6 +248,14 @@ vLLM v1.0.0, 2026-01-02, commit ccccccccc; 2 cores of a CPU; torch 2.0.
 | first token of 4,096 | 7 | patched | 100 (99.0 to 101) ms | - | \
 2.00 (1.96 to 2.04) | 63 of 64 | 1,000 of 1,024 |
 
+### E2B: 35 layers
+| engine | release | release, another | patched, eager | release, eager |
+| release | 64 of 64, 1,000 of 1,024 | 60 of 64, 300 of 1,024 | 40 of 64, 101 of 1,024 \
+| - |
+| release, another | 60 of 64, 300 of 1,024 | - | - | - |
+| patched, eager | 40 of 64, 101 of 1,024 | - | - | 64 of 64, 1,024 of 1,024 |
+Where nothing is compiled, the trees give the same tokens, all of them.
+
 Load: chat, 1 image. The highest rate kept: release 1 req/s, patched 2 req/s.
 | 2 | release | 2.00 | 500 | 400 (300 to 500) | - | 7.00 | - | 600 | 0 of 32 | - | - |
 | all at once | patched | 9.00 | 1,400 | 2,000 (1,500 to 2,500) | 6,000 | 7.00 | 8.00 \
@@ -321,6 +344,7 @@ def test_every_level_alone(job: str) -> None:
         "tower": "The vision tower",
         "step": "One step of the engine",
         "serving": "Serving",
+        "agreement": "Engines of one tree",
         "rates": "Rising request rates",
         "scaling": "How it grows",
         "host": "The host",
@@ -328,6 +352,13 @@ def test_every_level_alone(job: str) -> None:
     found = [title for title in titles.values() if f"\n## {title}\n" in text]
     assert found == [titles[job.split()[0]]]
     assert f"-m scripts.bench {job.split()[0]}" in text
+
+
+def test_eager_trees_that_differ() -> None:
+    found = jobs()["agreement e2b"]
+    found[-1]["equal"] -= 1
+    text = text_of(lines_of({"agreement e2b": found}))
+    assert "Where nothing is compiled, the trees give unlike tokens." in text
 
 
 @pytest.mark.parametrize("tree", ["release", "patched", "unpatched", "eager"])
