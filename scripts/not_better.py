@@ -10,6 +10,7 @@ from scripts.results import (
     AXES,
     BACKENDS,
     ENGINE_FORMS,
+    FEW,
     LAYER_FORMS,
     PEERS,
     TOWER_FORMS,
@@ -18,6 +19,7 @@ from scripts.results import (
     Record,
     Spread,
     by,
+    counted,
     first_token,
     kept,
     memory,
@@ -117,7 +119,8 @@ def compare(
         ratio = other.median / mine.median if more else mine.median / other.median
         if ratio > 1 and not mine.like(other, of):
             what = "gives less than" if more else "takes longer than"
-            found.append(Worse(subject, *label, what, where, f"{ratio:.2f}x"))
+            how = f"{ratio:.2f}x{_few(forms[ours], forms[theirs])}"
+            found.append(Worse(subject, *label, what, where, how))
         for get, margin, what, unit in MARGINS:
             value, least = (get(forms[form]) for form in (ours, theirs))
             if value is None or least is None or value <= margin * least:
@@ -140,6 +143,13 @@ def compare(
             what = "gives fewer of Triton's first tokens than"
             found.append(Worse(subject, *label, what, where, how))
     return found
+
+
+def _few(*records: Record) -> str:
+    """Return how many samples records have, if they are few."""
+    counts = [count for record in records if (count := counted(record))]
+    least = min(counts, default=FEW)
+    return f" of {least} samples" if least < FEW else ""
 
 
 def _fewer(ours: Record, theirs: Record) -> bool:
@@ -257,8 +267,10 @@ def not_better(device: Device) -> list[str]:
             {ALIKE["layer"] - 1:.1%} of a layer's time, {ALIKE["tower"] - 1:.0%} of a
             tower's, {ALIKE["engine"] - 1:.0%} of an engine's and
             {ABOUT * ABOUT - 1:.0%} of requests a second, and two standard deviations of
-            equal greedy tokens. Those are not held against the release's, which with
-            images runs the very kernels that tokens are compared with.
+            equal greedy tokens. Where there are few samples it says how many: one
+            that the host was slow for may be all of a difference then. Tokens are not
+            held against the release's, which with images runs the very kernels that
+            they are compared with.
         """),
         *(f"{key}: {', '.join(where)}" for key, where in lines.items()),
         *([] if lines else ["Nothing was found."]),

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from scripts import console, pins, plots
-from scripts.bench import JOBS, benchmarks, read
+from scripts.bench import JOBS, Job, benchmarks, read
 from scripts.console import ROOT, Failure, show
 from scripts.not_better import not_better
 from scripts.pull_request import pull_request
 from scripts.results import (
     AXES,
     ENGINE_FORMS,
-    ENGINES,
+    ENGINE_NAMES,
     LAYER_FORMS,
     MODELS,
     TAIL,
@@ -104,7 +104,8 @@ def attention(records: Iterable[Record]) -> list[str]:
     """Return which backends each tree has taken, where records say so."""
     found = {r["tree"]: "; ".join(r["attention"]) for r in records if "attention" in r}
     lines = [
-        f"* {ENGINE_FORMS.get(tree, tree)}: {text}" for tree, text in found.items()
+        f"* {(ENGINE_NAMES | ENGINE_FORMS).get(tree, tree)}: {text}"
+        for tree, text in found.items()
     ]
     if not lines:
         return []
@@ -124,10 +125,14 @@ def attention(records: Iterable[Record]) -> list[str]:
     ]
 
 
+def jobs_of(device: Device) -> tuple[Job, ...]:
+    """Return what `make bench` runs on such a device."""
+    return JOBS["cuda" if "gpu" in device.newest.head["machine"] else "cpu"]
+
+
 def missing(device: Device) -> list[str]:
     """Return the jobs that have no results on a device."""
-    jobs = JOBS["cuda" if "gpu" in device.newest.head["machine"] else "cpu"]
-    return [job.name for job in jobs if job.name not in device.jobs]
+    return [job.name for job in jobs_of(device) if job.name not in device.jobs]
 
 
 def earlier(device: Device) -> list[str]:
@@ -136,6 +141,16 @@ def earlier(device: Device) -> list[str]:
         job
         for job, run in device.jobs.items()
         if run.head.get("benchmarks") != benchmarks(run.head["command"][0])
+    ]
+
+
+def otherwise(device: Device) -> list[str]:
+    """Return the jobs that had other options than `make bench` gives them now."""
+    given = {job.name: list(job.command) for job in jobs_of(device)}
+    return [
+        job
+        for job, run in device.jobs.items()
+        if run.head["command"] != given.get(job, run.head["command"])
     ]
 
 
@@ -294,12 +309,12 @@ def _rates_in_short(device: Device) -> list[list[str]]:
             count = trees[0][None]["completed"]
             what_all = f"{what}, {count} at once{mark}"
             rows.append(_more(what_all, "tok/s of answers", *totals))
-        if all(any(rate is not None for rate in tree) for tree in trees):
+        if all(trees):
+            # A rate that was not offered may have given more than those that were.
             most = (
-                max(r["output_throughput"] for r in rated(tree.values()))
-                for tree in trees
+                max(r["output_throughput"] for r in tree.values()) for tree in trees
             )
-            what_most = f"{what}, most at any rate{mark}"
+            what_most = f"{what}, most of all loads{mark}"
             rows.append(_more(what_most, "tok/s of answers", *most))
         best = [kept(tree.values()) for tree in trees]
         if best[0] is not None and best[1] is not None:
@@ -641,8 +656,9 @@ def serving(device: Device) -> list[str]:
         """),
         *(
             prose("""
-                Tokens of two engines may differ by what each has compiled: see *Engines
-                of one tree*.
+                Tokens of two engines may differ by what each has compiled and by what
+                batches requests were in, see *What engines have in common*; those of
+                chats by how the towers round as well.
             """)
             if device.runs("agreement")
             else []
@@ -662,22 +678,17 @@ def alike(device: Device) -> list[str]:
     """What engines of one tree and of both have in common."""
     lines: list[str] = []
     for title, records in of_models(device, "agreement"):
-        lines += title
+        lines += [*title, *attention({**r, "tree": r["engine"]} for r in records)]
         for (workload,), of_load in split(records, "workload").items():
             pairs = {(r["engine"], r["with"]): r for r in of_load}
             names = list(dict.fromkeys(name for pair in pairs for name in pair))
+            heads = [ENGINE_NAMES.get(name, name) for name in names]
+            # A pair stands once, as it was measured.
             rows = [
-                [
-                    ENGINES.get(one, one),
-                    *(
-                        _pair(pairs.get((one, to)) or pairs.get((to, one)))
-                        for to in names
-                    ),
-                ]
-                for one in names
+                [head, *(_pair(pairs.get((one, to))) for to in names)]
+                for head, one in zip(heads, names, strict=True)
             ]
-            heads = ["engine", *(ENGINES.get(name, name) for name in names)]
-            lines += [f"{workload}:", "", *table(heads, rows)]
+            lines += [f"{workload}:", "", *table(["engine", *heads], rows)]
         eager = [
             r
             for r in records
@@ -690,16 +701,24 @@ def alike(device: Device) -> list[str]:
     if not lines:
         return []
     return [
-        "## Engines of one tree",
+        "## What engines have in common",
         "",
         *prose("""
-            What vLLM compiles depends on what was fastest when an engine started, and
-            with it how sums are rounded. So two engines of one tree need not give the
-            same greedy tokens, and that two trees do not says nothing of them. Each
-            cell is of two engines, or of two runs of one: how many requests begin with
-            the same token, and how many tokens are the same before the first that is
-            not. Prompts and engines are as in *Serving*; those that are eager compile
-            nothing and capture no graphs.
+            Greedy answers to prompts of text, for which both trees run the same
+            kernels: how many requests begin with the same token, and how many tokens
+            are the same before the first that is not. *Another* engine is of the same
+            tree, started beside the first. Each compiles for itself, as in *Serving*,
+            and need not end up with the same code, so that sums are rounded in another
+            way: where two engines of one tree do not agree, that two trees do not says
+            nothing of them. The eager ones compile nothing and run in the benchmark's
+            own process, where batches are the same every time.
+        """),
+        *prose("""
+            Where an engine meets itself are two runs of it: what batches requests are
+            in differs from run to run, and after one token that is another the rest of
+            an answer is another, too. Compiled and eager engines have least in common:
+            with random weights many tokens are as good as tied, and any rounding
+            decides.
         """),
         *lines,
     ]
@@ -707,7 +726,7 @@ def alike(device: Device) -> list[str]:
 
 def _pair(found: Record | None) -> str:
     """What two engines have in common, in a cell; the heads say with which."""
-    return ", ".join(agreement({**found, "with": REFERENCE})) if found else "-"
+    return ", ".join(agreement({**found, "with": REFERENCE})) if found else ""
 
 
 def rates(device: Device) -> list[str]:
@@ -980,9 +999,13 @@ def write(devices: Sequence[Device]) -> str:
         about = f"vLLM {newest.head['release']}, {newest.stamp}; {newest.machine}."
         lines += [f"# {device.name}", "", about, ""]
         if jobs := ", ".join(device.older):
-            lines += [f"Made with an older form of the series: {jobs}.", ""]
+            text = "Made with an older form of the series than the newest run"
+            lines += [f"{text}: {jobs}.", ""]
         if jobs := ", ".join(earlier(device)):
             lines += [f"Made by earlier code of the benchmarks: {jobs}.", ""]
+        if jobs := ", ".join(otherwise(device)):
+            text = "Made with other options than `make bench` gives now"
+            lines += [f"{text}: {jobs}.", ""]
         if jobs := ", ".join(device.partial):
             lines += [f"Ended before all was measured: {jobs}.", ""]
         if jobs := ", ".join(missing(device)):

@@ -38,8 +38,8 @@ ENGINE_FORMS = {
     "patched": "patched",
     "fa3": "patched, FA3 and FA4",
 }
-# Of those whose answers are compared with one another's.
-ENGINES = {
+# What those are called whose answers are compared with one another's.
+ENGINE_NAMES = {
     f"{tree}{name}": f"{tree}{label}"
     for name, label in {"": "", "-again": ", another", "-eager": ", eager"}.items()
     for tree in ("release", "patched")
@@ -272,6 +272,18 @@ def memory(record: Record) -> float | None:
     return None if record.get("tree") == "captured" else record.get("mib")
 
 
+def counted(record: Record) -> int | None:
+    """Return how many samples a record has, None if it has not kept them."""
+    for key in ("samples", "ttfts"):
+        samples = record.get(key)
+        # Of vLLM's own benchmarks they are by what was measured.
+        if isinstance(samples, dict):
+            samples = next(iter(samples.values()), None)
+        if isinstance(samples, list):
+            return len(samples)
+    return None
+
+
 def sampled(records: Iterable[Record], what: str = "samples") -> list[str]:
     """Return a line that says how many samples records have, where they have some.
 
@@ -279,20 +291,12 @@ def sampled(records: Iterable[Record], what: str = "samples") -> list[str]:
         records: of a table.
         what: the samples are.
     """
-    found: set[int] = set()
-    for record in records:
-        of_record = [record.get(key) for key in ("samples", "ttfts")]
-        # Of vLLM's own benchmarks they are by what was measured.
-        lists = [
-            next(iter(s.values()), None) if isinstance(s, dict) else s
-            for s in of_record
-        ]
-        found.update(len(one) for one in lists if isinstance(one, list))
+    found = {count for record in records if (count := counted(record)) is not None}
     if not found:
         return []
     least, most = min(found), max(found)
-    count = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    return [f"{count} {what} each.", ""]
+    text = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return [f"{text} {what} each.", ""]
 
 
 def known(names: Mapping[str, str], records: Iterable[Record]) -> list[str]:
