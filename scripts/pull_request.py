@@ -98,9 +98,9 @@ def pull_request(device: Device) -> list[str]:
             another vLLM, of May 2026. Prompts are random on both sides: its commands
             have {PROMPTS}, ours as many as *Serving* says. The less time a prompt
             takes, as with the small models, the more of a workload's time is of its
-            answers, where FlashAttention took less time than Triton there, of a long
-            context, and takes more here: see what is *alone* below. Which of the two
-            has changed since was not measured.
+            answers, for which FlashAttention took less time than Triton there if the
+            context was long, and takes more here: see what is *alone* below. Which of
+            the two has changed since was not measured.
         """),
     ]
     for title, rows, more in (
