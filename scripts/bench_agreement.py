@@ -95,11 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         given += ["--kv", str(kv_gib)]
         about = {"kind": args.kind, "layers": layers, "dtype": "bfloat16"}
         about |= {"device": device, "kv_gib": kv_gib}
+        release = str(unpatched.unpatched_tree())
         arguments = {}
         for name, (form, level) in ENGINES.items():
             arguments[name] = [level, *given, "--form", form]
             if form == "release":
-                arguments[name] += ["--tree", str(unpatched.unpatched_tree())]
+                arguments[name] += ["--tree", release]
         with worker.engines("scripts.bench_engine", arguments) as engines:
             attention = {name: engine("layers") for name, engine in engines.items()}
             print(f"\n{args.kind}, {layers} layers\n", flush=True)

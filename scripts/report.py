@@ -28,6 +28,7 @@ from scripts.results import (
     Run,
     Spread,
     by,
+    counted,
     first_token,
     kept,
     known,
@@ -607,12 +608,11 @@ def serving(device: Device) -> list[str]:
                     ratio = found.over(base) if unit == "tok/s" else base.over(found)
                     gain = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
                     gain = "-" if tree == "release" else gain
-                samples = trees[tree].get("samples", {}).get(trees[tree]["unit"], ())
                 rows.append(
                     [
                         *(workload, str(trees[tree].get("prompts", "-"))),
                         *(ENGINE_FORMS.get(tree, tree), f"{found} {unit}"),
-                        *(str(len(samples) or "-"), gain),
+                        *(str(counted(trees[tree]) or "-"), gain),
                         *agreement(trees[tree].get("agreement")),
                     ]
                 )
