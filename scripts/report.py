@@ -33,6 +33,7 @@ from scripts.results import (
     kept,
     known,
     latest,
+    longest_pause,
     measured,
     memory,
     model,
@@ -750,7 +751,8 @@ def rates(device: Device) -> list[str]:
             ]
             heads = ["offered, req/s", "tree", "achieved, req/s", "output, tok/s"]
             heads += ["TTFT, ms", "TTFT p99, ms", "TPOT, ms", "TPOT p99, ms"]
-            heads += ["whole request, ms", "failed", "first tokens", "tokens"]
+            heads += ["whole request, ms", "longest pause, ms", "failed"]
+            heads += ["first tokens", "tokens"]
             lines += [
                 f"Load: {load}. The highest rate kept: {', '.join(best)}.",
                 "",
@@ -769,7 +771,9 @@ def rates(device: Device) -> list[str]:
             that are sent alone, before, whatever the rate. TTFT is the time to the
             first token, median with quartiles; TPOT that of each one after it, median.
             There is one run of each: quartiles are of its requests, and of few requests
-            there is no percentile.
+            there is no percentile. The longest pause is the longest time in which no
+            request that was under way got its first token or its last: of few, about
+            how long one decodes; of many, how long the server stood still.
         """),
         *prose("A rate is kept by a server that it does not saturate:"),
         "* no request fails;",
@@ -803,6 +807,7 @@ def _rate(record: Record) -> list[str]:
             number(record[f"{what}_ms"]) if what[0] != "p" or has_tail else "-"
             for what in ("p99_ttft", "median_tpot", "p99_tpot", "median_e2el")
         ),
+        number(longest_pause(record)),
         f"{record['failed']:,} of {asked:,}",
         *agreement(record.get("agreement")),
     ]

@@ -384,6 +384,35 @@ def first_token(record: Record) -> Spread:
     return Spread(median, 1e3 * low, 1e3 * high)
 
 
+def longest_pause(record: Record) -> float:
+    """Return the longest time in which nothing came of requests under way.
+
+    That is no first token and no last one of any of them; when those between came is
+    not kept. Of few requests it is about how long one decodes. Of many it shows what
+    medians hide: a server that stands still, as one that compiles a kernel does.
+
+    Args:
+        record: of a rate, with ``starts``, ``ttfts`` and ``latencies`` in seconds.
+
+    Returns:
+        Milliseconds, 0 if no request was answered.
+    """
+    events: list[tuple[float, int]] = []
+    for start, wait, latency in zip(
+        record["starts"], record["ttfts"], record["latencies"], strict=True
+    ):
+        if wait > 0:  # A request that failed has no first token.
+            events += [(start, 1), (start + wait, 0), (start + latency, -1)]
+    longest, last, under_way = 0.0, 0.0, 0
+    for time, change in sorted(events):
+        if under_way and change < 1:
+            longest = max(longest, time - last)
+        if not under_way or change < 1:
+            last = time
+        under_way += change
+    return 1e3 * longest
+
+
 def rated(records: Iterable[Record]) -> list[Record]:
     """Return the records of a rate, lowest first, without that of all at once."""
     found = [record for record in records if record["rate"] is not None]

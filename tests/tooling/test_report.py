@@ -93,13 +93,15 @@ OF_RATES = {"first": 7, "requests": 8, "equal": 400, "tokens": 512, "with": "rel
 
 
 def rate(tree: str, offered: float | None, wait: float, **more: Any) -> Record:
+    waits = [wait / 1e3 * share for share in (0.5, 0.75, 1.0, 1.25, 1.5)]
     return {
         **{"kind": "26b", "layers": 12, "tree": tree, "workload": "chat, 1 image"},
         **{"rate": offered, "seconds": 20.0, "completed": 32, "failed": 0},
         **{"request_throughput": offered or 9.0, "output_throughput": 500.0},
         **{"median_ttft_ms": wait, "p99_ttft_ms": 3 * wait, "median_tpot_ms": 7.0},
         **{"p99_tpot_ms": 8.0, "median_e2el_ms": 600.0, "p99_e2el_ms": 900.0},
-        **{"ttfts": [wait / 1e3 * share for share in (0.5, 0.75, 1.0, 1.25, 1.5)]},
+        **{"ttfts": waits, "latencies": [wait + 0.6 for wait in waits]},
+        **{"starts": [100.0, 101.0, 102.0, 103.0, 104.0]},
         **({} if offered is None else {"saturated": False}),
     } | more
 
@@ -259,9 +261,10 @@ vLLM v1.0.0, 2026-01-02, commit ccccccccc; 2 cores of a CPU; torch 2.0.
 Where nothing is compiled, the trees give the same tokens, all of them.
 
 Load: chat, 1 image. The highest rate kept: release 1 req/s, patched 2 req/s.
-| 2 | release | 2.00 | 500 | 400 (300 to 500) | - | 7.00 | - | 600 | 0 of 32 | - | - |
+| 2 | release | 2.00 | 500 | 400 (300 to 500) | - | 7.00 | - | 600 | 600 | 0 of 32 \
+| - | - |
 | all at once | patched | 9.00 | 1,400 | 2,000 (1,500 to 2,500) | 6,000 | 7.00 | 8.00 \
-| 600 | 3 of 64 | 7 of 8 (release) | 400 of 512 |
+| 600 | 1,000 | 3 of 64 | 7 of 8 (release) | 400 of 512 |
 
 ### Images in a batch: tower of 26B-A4B and 31B, 27 layers
 | 8 | release | 8,000 (7,200 to 8,800) | 8.00 |
@@ -799,6 +802,24 @@ def test_first_token() -> None:
     # Requests that failed have no token.
     found = results.first_token(rate("a", 1.0, 40.0, ttfts=[0.0, 0.0, 0.04]))
     assert (found.low, found.median, found.high) == (40.0, 40.0, 40.0)
+
+
+def test_longest_pause() -> None:
+    def pause(*requests: tuple[float, float, float]) -> float:
+        starts, waits, latencies = zip(*requests, strict=True)
+        times = {"starts": starts, "ttfts": waits, "latencies": latencies}
+        return results.longest_pause(rate("a", 1.0, 40.0) | times)
+
+    # Until the first token, from that to the last; not from one request to the next.
+    assert pause((50, 0.25, 0.75)) == 500
+    assert pause((50, 0.5, 0.75), (90, 0.25, 0.5)) == 500
+    # Others' tokens count, in any order; that one more comes does not.
+    assert pause((50, 0.5, 4), (51, 1, 2), (52.5, 1, 1.25)) == 1500
+    assert pause((52.5, 1, 1.25), (51, 1, 2), (50, 0.5, 4)) == 1500
+    assert pause((50, 1, 9), (58, 0.5, 0.5)) == 7500
+    # Failed requests wait for nothing.
+    assert pause((50, 0.5, 4), (52, 0, 0)) == 3500
+    assert pause((50, 0, 0)) == 0
 
 
 @pytest.mark.parametrize(
