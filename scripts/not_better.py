@@ -22,6 +22,7 @@ from scripts.results import (
     counted,
     first_token,
     kept,
+    longest_pause,
     memory,
     model,
     of_bench,
@@ -72,6 +73,8 @@ KINDS = {
 # which of a layer are kept with two digits. Either of two rates may be off by that.
 ABOUT = 1.015
 MEMORY, ERROR = 1.03, 1.1
+# A server that gives nothing for so many milliseconds keeps a person waiting.
+STILL = 2000
 MARGINS: tuple[tuple[Callable[[Record], float | None], float, str, str], ...] = (
     (memory, MEMORY, "needs more memory than", " MiB"),
     (lambda record: record.get("error"), ERROR, "is less accurate than", ""),
@@ -119,7 +122,8 @@ def compare(
         ratio = other.median / mine.median if more else mine.median / other.median
         if ratio > 1 and not mine.like(other, of):
             what = "gives less than" if more else "takes longer than"
-            how = f"{ratio:.2f}x{_few(forms[ours], forms[theirs])}"
+            times = 1 / ratio if more else ratio
+            how = f"{times:.2f}x{_few(forms[ours], forms[theirs])}"
             found.append(Worse(subject, *label, what, where, how))
         for get, margin, what, unit in MARGINS:
             value, least = (get(forms[form]) for form in (ours, theirs))
@@ -226,9 +230,24 @@ def not_better(device: Device) -> list[str]:
         for what, of in (("first token", wait), ("requests a second", load)):
             subject = f"{model(kind, layers)}, {name}, {what}"
             found += compare(subject, where, forms, "engine", of)
-    for _, (kind, layers, name), records in device.groups(
+    for run, (kind, layers, name), records in device.groups(
         "rates", "kind", "layers", "workload"
     ):
+        pauses = {
+            tree: max(longest_pause(record) for record in own)
+            for (tree,), own in split(records, "tree").items()
+        }
+        for ours, theirs in ENGINE_PAIRS:
+            if ours not in pauses or theirs not in pauses:
+                continue
+            if pauses[ours] > STILL and pauses[ours] > 2 * pauses[theirs]:
+                subject = f"{model(kind, layers)}, {name}"
+                label = ENGINE_FORMS[ours], ENGINE_FORMS[theirs]
+                how = " against ".join(
+                    f"{pauses[t] / 1e3:.1f} s" for t in (ours, theirs)
+                )
+                what = "stands still for longer than"
+                found.append(Worse(subject, *label, what, run.head["job"], how))
         best = {tree: kept(own) or 0 for (tree,), own in split(records, "tree").items()}
         for ours, theirs in ENGINE_PAIRS:
             if ours in best and theirs in best and best[ours] < best[theirs]:

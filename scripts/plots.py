@@ -136,7 +136,7 @@ def figures(device: Device) -> list[Figure]:
     for run, (kind, layers, load), records in device.groups(
         "rates", "kind", "layers", "workload"
     ):
-        if rated(records):
+        if rated(records) and len(split(records, "rate")) > 1:
             title = f"{_name(run, kind, layers)}: {load}, at rising rates"
             draw = partial(_rates, records)
             add([run.head["job"], kind, load], title, (9, 4.8), draw)

@@ -139,8 +139,8 @@ def pull_request(device: Device) -> list[str]:
                     release's FlashAttention that does this, which for text is the
                     patched tree's as well: of what that
                     {"gives" if more else "takes"} over the release,
-                    {_text(forms, rows)}. The kernels are the same: what there is of a
-                    difference is chance.
+                    {_text(forms, rows)}. Both run the same kernels for text: what there
+                    is of a difference says how much two engines may differ.
                 """),
             ]
         if unlike:
@@ -170,7 +170,7 @@ def _text(
 ) -> str:
     """Return what text differs by in the patched tree, of all models here.
 
-    Both trees run the same kernels for it: what they differ by is chance.
+    Both trees run the same kernels for it: so much may two engines differ.
     """
     names = {claim.workload for claim in rows}
     pairs = [

@@ -15,9 +15,11 @@ from scripts.not_better import not_better
 from scripts.pull_request import pull_request
 from scripts.results import (
     AXES,
+    CLEAR,
     ENGINE_FORMS,
     ENGINE_NAMES,
     LAYER_FORMS,
+    LAYERS,
     MODELS,
     TAIL,
     TOWER_FORMS,
@@ -66,8 +68,8 @@ CALLS = ("correction", "split", "one_call")
 
 def commands(device: Device, runs: Sequence[Run]) -> list[str]:
     """Return what a reader types for what follows, and what was other than said."""
-    newest = device.newest
-    stamps = ["" if run.stamp == newest.stamp else f"  # {run.stamp}" for run in runs]
+    usual = device.usual
+    stamps = ["" if run.stamp == usual.stamp else f"  # {run.stamp}" for run in runs]
     lines = [
         *(f"    {run.command}{stamp}" for run, stamp in zip(runs, stamps, strict=True)),
         "",
@@ -76,7 +78,7 @@ def commands(device: Device, runs: Sequence[Run]) -> list[str]:
     for run in runs:
         machines.setdefault(run.machine, []).append(run.head["job"])
     for machine, jobs in machines.items():
-        if machine != newest.machine:
+        if machine != usual.machine:
             which = "Measured on " if len(machines) == 1 else f"Of {', '.join(jobs)}: "
             lines += [f"{which}{machine}.", ""]
     return lines
@@ -201,11 +203,13 @@ def summary(device: Device) -> list[str]:
             Medians with quartiles; all of it with the commands is below. The tower is
             not compiled unless it says so, which the release's cannot be, and has the
             FlashAttention that a tower alone gets; the one of a whole Gemma4 on Hopper
-            is *compiled, FA4* of *The vision tower*. Images of the tower's rows are
+            has FA4's, as *compiled, FA4* of *The vision tower* has. Images of the
+            tower's rows are
             padded, as most are, for which the release takes a slower kernel; those of
             the steps are not, and the tower's time there is under *One step of the
             engine*. Where the language model has fewer layers than the
-            whole one, the tower weighs more, and so does what it gains. A load at a
+            whole one, the tower weighs more, and so does what it gains: *about* is what
+            a step would gain if all layers took as long as those there. A load at a
             rate is one run, and its ranges are of requests; see *Rising request rates*.
         """),
         *table(["", "release", "patched", "gain"], rows.values()),
@@ -214,8 +218,12 @@ def summary(device: Device) -> list[str]:
 
 
 def _mark(device: Device, run: Run) -> str:
-    """What follows a name where it was measured with an older form of the series."""
-    return OLDER if run.head["job"] in device.older else ""
+    """What follows a name where it was measured with an older form of the series.
+
+    Where most was, the page says that instead.
+    """
+    is_older = run.head["job"] in device.older
+    return OLDER if is_older and run.head["tree"] != device.usual.head["tree"] else ""
 
 
 def _legend(rows: Iterable[Sequence[str]]) -> list[str]:
@@ -260,15 +268,26 @@ def _towers_in_short(device: Device) -> list[list[str]]:
 def _steps_in_short(device: Device) -> list[list[str]]:
     # Of each model and case the most layers it has.
     most: dict[tuple[str, str], tuple[int, list[str]]] = {}
-    for run, (kind, case, part, layers), records in device.groups(
-        "step", "kind", "case", "variant", "layers"
+    for run, (kind, case, layers), records in device.groups(
+        "step", "kind", "case", "layers"
     ):
-        forms = by(records, "tree") if part == "images and tower" else {}
+        parts = {part: own for (part,), own in split(records, "variant").items()}
+        forms = by(parts.get("images and tower", []), "tree")
         if {"release", "patched"} <= forms.keys():
             what = f"step of {model(kind, layers)}, with its tower, {case}"
             what += _mark(device, run)
             times = (spread(forms[tree]) for tree in ("release", "patched"))
             row = _gain(what, "ms", *times)
+            images = by(parts["images"], "tree") if "images" in parts else {}
+            whole = LAYERS.get(kind, layers)
+            if layers < whole and {"release", "patched"} <= images.keys():
+                # Besides the layers there is the tower.
+                ratio, of_layers = whole / layers - 1, {}
+                for tree in ("release", "patched"):
+                    more = images[tree]["median"] * ratio
+                    of_layers[tree] = forms[tree]["median"] + more
+                gain = of_layers["release"] / of_layers["patched"]
+                row[-1] += f", about {gain:.2f} times with all {whole} layers"
             if (kind, case) not in most or layers > most[kind, case][0]:
                 most[kind, case] = layers, row
     return [row for _, row in most.values()]
@@ -299,6 +318,8 @@ def _rates_in_short(device: Device) -> list[list[str]]:
     for run, (kind, layers, load), records in device.groups(
         "rates", "kind", "layers", "workload"
     ):
+        if run.title:
+            continue  # Once more, of what has a row.
         mark = _mark(device, run)
         trees = [
             by((r for r in records if r["tree"] == tree), "rate")
@@ -316,7 +337,7 @@ def _rates_in_short(device: Device) -> list[list[str]]:
             most = (
                 max(r["output_throughput"] for r in tree.values()) for tree in trees
             )
-            what_most = f"{what}, most of all loads{mark}"
+            what_most = f"{what}, the load that each does best{mark}"
             rows.append(_more(what_most, "tok/s of answers", *most))
         best = [kept(tree.values()) for tree in trees]
         if best[0] is not None and best[1] is not None:
@@ -326,11 +347,11 @@ def _rates_in_short(device: Device) -> list[list[str]]:
         if offered := [rate for rate in shared if rate is not None]:
             # The highest that both can take.
             both = [rate for rate in best if rate is not None and rate in offered]
-            highest = min(both) if len(both) == len(best) else min(offered)
-            for rate in sorted({min(offered), highest}):
-                waits = (first_token(tree[rate]) for tree in trees)
-                name = f"{what}: first token at {rate:g} req/s{mark}"
-                rows.append(_gain(name, "ms", *waits))
+            # Servers that have just started are slower at the first one.
+            rate = min(both) if len(both) == len(best) else max(offered)
+            waits = (first_token(tree[rate]) for tree in trees)
+            name = f"{what}: first token at {rate:g} req/s{mark}"
+            rows.append(_gain(name, "ms", *waits))
     return rows
 
 
@@ -585,8 +606,8 @@ def step(device: Device) -> list[str]:
             causal images have no nats.
             *Causal images* says what both are where images attend as text does, which
             is wrong. Rounding tells most where experts are chosen, which are as good as
-            tied with random weights: see how the release's own text differs from that
-            on Triton.
+            tied with random weights: where both were measured, see how the release's
+            own text differs from that on Triton.
         """),
         *figures(device, "step"),
         *lines,
@@ -773,13 +794,18 @@ def rates(device: Device) -> list[str]:
             There is one run of each: quartiles are of its requests, and of few requests
             there is no percentile. The longest pause is the longest time in which no
             request that was under way got its first token or its last: of few, about
-            how long one decodes; of many, how long the server stood still.
+            how long one decodes; of many, how long the server stood still. Seconds
+            of many are of a compiler: FA4 has other kernels for large batches, which a
+            server compiles while all requests wait, in those runs in which it first
+            meets such a batch then; or before it takes requests, where it warms them
+            up.
         """),
         *prose("A rate is kept by a server that it does not saturate:"),
         "* no request fails;",
-        "* four of five that come early enough are answered while others still come;",
-        "* the median wait for the first token is at most five times as long as without"
-        " load, on the slower of the servers;",
+        "* of the requests that come before the last one by more than the fastest"
+        " takes, at least four of five are answered when that one comes;",
+        "* the median wait for the first token is at most five times the shortest at"
+        " any rate, on the slower of the servers;",
         "* and with more to do the server has answered as many a second (`saturated` in"
         " scripts/bench_rates.py).",
         "",
@@ -837,11 +863,12 @@ def scaling(device: Device) -> list[str]:
     return [
         "## How it grows",
         "",
-        *prose("""
+        *prose(f"""
             Time, median with quartiles, and peak memory above what was used, along one
             axis each. The exponent of x is fitted by least squares of the logarithms to
-            the upper half of the points, less those that take hardly longer than the
-            shortest: below, what a call costs at any size, such as the host's time for
+            the upper half of the points, less those that take less than {CLEAR:g} times
+            as long as the shortest: below, what a call costs at any size, such as
+            the host's time for
             its kernels, hides how it grows. One image alone varies most, for the host
             is slower than the GPU: the one that a batch of images begins with and the
             one of as many soft tokens are the same, measured twice.
@@ -1000,10 +1027,14 @@ def write(devices: Sequence[Device]) -> str:
         """),
     ]
     for device in devices:
-        newest = device.newest
-        about = f"vLLM {newest.head['release']}, {newest.stamp}; {newest.machine}."
+        newest, usual = device.newest, device.usual
+        about = f"vLLM {usual.head['release']}, {usual.stamp}; {usual.machine}."
         lines += [f"# {device.name}", "", about, ""]
-        if jobs := ", ".join(device.older):
+        if usual.head["tree"] != newest.head["tree"]:
+            recent = ", ".join(job for job in device.jobs if job not in device.older)
+            text = f"Made with the series of commit {newest.head['commit'][:9]}"
+            lines += [f"{text}: {recent}. All else is of an older form of it.", ""]
+        elif jobs := ", ".join(device.older):
             text = "Made with an older form of the series than the newest run"
             lines += [f"{text}: {jobs}.", ""]
         if jobs := ", ".join(earlier(device)):

@@ -3,6 +3,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,13 @@ class Device:
     def newest(self) -> Run:
         """The run that was made last."""
         return max(self.jobs.values(), key=lambda run: str(run.head["time"]))
+
+    @property
+    def usual(self) -> Run:
+        """The last run of the tree that most ran with."""
+        trees = Counter(run.head["tree"] for run in self.jobs.values())
+        runs = sorted(self.jobs.values(), key=lambda run: str(run.head["time"]))
+        return max(reversed(runs), key=lambda run: trees[run.head["tree"]])
 
     @property
     def older(self) -> list[str]:
