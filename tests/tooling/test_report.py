@@ -224,11 +224,12 @@ about 1.55 times with all 60 layers |
 | 26B-A4B, 12 of 30 layers, chat, 1 image: first token at 1 req/s | \
 40.0 (30.0 to 50.0) ms | 20.0 (15.0 to 25.0) ms | 2.00 times as fast |
 
-| A one | FA3 | 111 (109 to 113) | 100 | 1.11 | 2.0e-03 | 3.0e-03 | 4.00 |
-| A one | FA4 | 222 (218 to 226) | 101 | 2.20 | 2.0e-03 | 1.0e-03 | - |
-| A one | FA4 with `mask_mod` (release) | 133 (130 to 136) | 101 | 1.32 | 1.0e-03 | \
-1.0e-03 | - |
-| A one | Triton (release) | 4,444 (4,355 to 4,533) | - | - | - | - | - |
+| A one | FA3 | 111 (109 to 113) | 100 | 1.11 | 40.04 | 2.0e-03 | 3.0e-03 | \
+4.00 |
+| A one | FA4 | 222 (218 to 226) | 101 | 2.20 | 20.02 | 2.0e-03 | 1.0e-03 | - |
+| A one | FA4 with `mask_mod` (release) | 133 (130 to 136) | 101 | 1.32 | 33.41 | \
+1.0e-03 | 1.0e-03 | - |
+| A one | Triton (release) | 4,444 (4,355 to 4,533) | - | - | 1.00 | - | - | - |
 | A one | FA4 | one call | - | 160 (157 to 163) | 222 (218 to 226) | 2.0e-03 |
 
 ### 26B-A4B and 31B: 27 layers, bfloat16
