@@ -237,22 +237,19 @@ def not_better(device: Device) -> list[str]:
             tree: max(longest_pause(record) for record in own)
             for (tree,), own in split(records, "tree").items()
         }
+        best = {tree: kept(own) or 0 for (tree,), own in split(records, "tree").items()}
+        subject = f"{model(kind, layers)}, {name}"
         for ours, theirs in ENGINE_PAIRS:
-            if ours not in pauses or theirs not in pauses:
+            if ours not in best or theirs not in best:
                 continue
+            label = ENGINE_FORMS[ours], ENGINE_FORMS[theirs]
             if pauses[ours] > STILL and pauses[ours] > 2 * pauses[theirs]:
-                subject = f"{model(kind, layers)}, {name}"
-                label = ENGINE_FORMS[ours], ENGINE_FORMS[theirs]
                 how = " against ".join(
                     f"{pauses[t] / 1e3:.1f} s" for t in (ours, theirs)
                 )
                 what = "stands still for longer than"
                 found.append(Worse(subject, *label, what, run.head["job"], how))
-        best = {tree: kept(own) or 0 for (tree,), own in split(records, "tree").items()}
-        for ours, theirs in ENGINE_PAIRS:
-            if ours in best and theirs in best and best[ours] < best[theirs]:
-                subject = f"{model(kind, layers)}, {name}"
-                label = ENGINE_FORMS[ours], ENGINE_FORMS[theirs]
+            if best[ours] < best[theirs]:
                 how = f"{best[ours]:g} against {best[theirs]:g} req/s"
                 what = "keeps a lower rate than"
                 found.append(Worse(subject, *label, what, "highest", how))

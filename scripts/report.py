@@ -204,10 +204,9 @@ def summary(device: Device) -> list[str]:
             not compiled unless it says so, which the release's cannot be, and has the
             FlashAttention that a tower alone gets; the one of a whole Gemma4 on Hopper
             has FA4's, as *compiled, FA4* of *The vision tower* has. Images of the
-            tower's rows are
-            padded, as most are, for which the release takes a slower kernel; those of
-            the steps are not, and the tower's time there is under *One step of the
-            engine*. Where the language model has fewer layers than the
+            tower's rows are padded, as most are, for which the release takes a slower
+            kernel; those of the steps are not, and the tower's time there is under *One
+            step of the engine*. Where the language model has fewer layers than the
             whole one, the tower weighs more, and so does what it gains: *about* is what
             a step would gain if all layers took as long as those there. A load at a
             rate is one run, and its ranges are of requests; see *Rising request rates*.
@@ -871,11 +870,10 @@ def scaling(device: Device) -> list[str]:
             Time, median with quartiles, and peak memory above what was used, along one
             axis each. The exponent of x is fitted by least squares of the logarithms to
             the upper half of the points, less those that take less than {CLEAR:g} times
-            as long as the shortest: below, what a call costs at any size, such as
-            the host's time for
-            its kernels, hides how it grows. One image alone varies most, for the host
-            is slower than the GPU: the one that a batch of images begins with and the
-            one of as many soft tokens are the same, measured twice.
+            as long as the shortest: below, what a call costs at any size, such as the
+            host's time for its kernels, hides how it grows. One image alone varies
+            most, for the host is slower than the GPU: the one that a batch of images
+            begins with and the one of as many soft tokens are the same, measured twice.
         """),
         *prose("""
             Many images go through the tower in several calls, whose peak is that of one

@@ -158,8 +158,10 @@ class Device:
     def usual(self) -> Run:
         """The last run of the tree that most ran with."""
         trees = Counter(run.head["tree"] for run in self.jobs.values())
-        runs = sorted(self.jobs.values(), key=lambda run: str(run.head["time"]))
-        return max(reversed(runs), key=lambda run: trees[run.head["tree"]])
+        return max(
+            self.jobs.values(),
+            key=lambda run: (trees[run.head["tree"]], str(run.head["time"])),
+        )
 
     @property
     def older(self) -> list[str]:
